@@ -1,0 +1,84 @@
+"""A decentralized Mixture-of-Experts runtime: host torch modules as experts, find them in a DHT, train and run through them.
+
+The public names. They are imported when first used, so that ``import moe`` costs nothing and the command line can refuse bad
+settings before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moe.config import ClientConfig as ClientConfig
+from moe.config import HandlerConfig as HandlerConfig
+from moe.config import ServerConfig as ServerConfig
+from moe.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from moe.client.beam_search import MoEBeamSearcher as MoEBeamSearcher
+    from moe.client.expert import RemoteExpert as RemoteExpert
+    from moe.client.expert import get_experts as get_experts
+    from moe.client.moe import RemoteMixtureOfExperts as RemoteMixtureOfExperts
+    from moe.client.switch_moe import RemoteSwitchMixtureOfExperts as RemoteSwitchMixtureOfExperts
+    from moe.dht import DHT as DHT
+    from moe.dht import declare_experts as declare_experts
+    from moe.schema import BatchTensorProto as BatchTensorProto
+    from moe.schema import Compression as Compression
+    from moe.schema import ExpertSchema as ExpertSchema
+    from moe.schema import TensorProto as TensorProto
+    from moe.server.background import background_server as background_server
+    from moe.server.expert_backend import ExpertBackend as ExpertBackend
+    from moe.server.expert_backend import ModuleBackend as ModuleBackend
+    from moe.server.layers import register_expert_class as register_expert_class
+    from moe.server.server import Server as Server
+
+_HOMES = {
+    "moe.client.beam_search": ("MoEBeamSearcher",),
+    "moe.client.expert": ("RemoteExpert", "get_experts"),
+    "moe.client.moe": ("RemoteMixtureOfExperts",),
+    "moe.client.switch_moe": ("RemoteSwitchMixtureOfExperts",),
+    "moe.dht": ("DHT", "declare_experts"),
+    "moe.schema": ("BatchTensorProto", "Compression", "ExpertSchema", "TensorProto"),
+    "moe.server.background": ("background_server",),
+    "moe.server.expert_backend": ("ExpertBackend", "ModuleBackend"),
+    "moe.server.layers": ("register_expert_class",),
+    "moe.server.server": ("Server",),
+    "moe.errors": (
+        "CallTimeout",
+        "ConfigError",
+        "ConnectError",
+        "DeadlineExceeded",
+        "ExpertFailed",
+        "ExpertNotFound",
+        "LifecycleError",
+        "MissingBlocks",
+        "MoEError",
+        "NoExpertsFound",
+        "NonFiniteError",
+        "Overloaded",
+        "PeerGone",
+        "ProtocolError",
+        "Refused",
+        "RemoteError",
+        "RoutingError",
+        "SchemaError",
+        "TooFewExperts",
+        "TransportError",
+        "Unavailable",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["ClientConfig", "HandlerConfig", "ServerConfig", "__version__", *sorted(_HOME_OF)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,231 @@
+"""``hivemind-server`` (also ``moe-server``): serve experts until told to stop.
+
+Owns: the order of things in a server process (check, start, say where it is, watch, stop) and its exit codes. Must not
+know: how a server works. torch and hivemind are imported only once the command line is known to be good.
+
+Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP; 1 could not start, or failed later; 2 bad usage. The only thing on
+stdout is one line ``--initial_peers ...`` for others to join with; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moe.cli.parsing import parse_server_options
+from moe.cli.stopping import StopRequested, StopSignals, end_children
+from moe.config import ServerConfig
+from moe.errors import MoEError
+
+if TYPE_CHECKING:
+    from moe.server.stats import ServerStatistics
+
+logger = logging.getLogger(__name__)
+
+OPEN_FILES = 2**15  # what --increase_file_limit asks for, as hivemind does
+SGD_LR = 0.01  # hivemind's; adam gets torch's own default
+CHECK_PERIOD_S = 1.0  # how often to look at the server when nothing is to be reported; ours
+
+# What Server.create takes under the name of the flag. The rest is translated in create_arguments.
+CREATE_ARGUMENTS = (
+    "announce_maddrs", "checkpoint_dir", "clip_grad_norm", "custom_module_path", "detect_anomalies", "device",
+    "expert_cls", "expert_pattern", "expert_uids", "expiration", "hidden_dim", "host_maddrs", "identity_path",
+    "initial_peers", "max_batch_size", "min_batch_size", "num_experts", "num_handlers", "num_training_steps",
+    "num_warmup_steps", "scheduler", "update_period", "use_auto_relay", "use_relay",
+)  # fmt: skip
+
+
+class RunningServer(Protocol):
+    """What this file needs of a Server."""
+
+    @property
+    def dht(self) -> Any: ...
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    def wait(self, timeout: float) -> bool:
+        """True once the server has stopped or failed."""
+        ...
+
+    def statistics(self) -> ServerStatistics: ...
+
+    def shutdown(self) -> None: ...
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console scripts.
+
+    :param argv: arguments without the program's name; default: those of this process
+    :returns: exit code
+    :raises SystemExit: with code 2, if the arguments are bad
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s.%(msecs)03d [%(levelname)s] %(message)s", datefmt="%b %d %H:%M:%S"
+    )
+    signals = StopSignals()
+    signals.install()  # for good: the process ends with this function, and its deadline shall hold until the very end
+    try:
+        return run(parse_server_options(argv), signals)
+    except StopRequested:  # while the command line was read
+        return 0
+
+
+def run(
+    options: argparse.Namespace,
+    signals: StopSignals,
+    start: Callable[[argparse.Namespace], RunningServer] | None = None,
+    peers_line: Callable[[Any], str] | None = None,
+) -> int:
+    """Run one server from start to end.
+
+    :param options: as parse_server_options gives them
+    :param signals: installed already
+    :param start: starts the server and returns it when it can be called; default: start_server
+    :param peers_line: how others reach a DHT; default: moe.dht.peers_line
+    :returns: exit code
+    """
+    server, code = None, 0
+    try:
+        server = (start or start_server)(options)
+        announce(server, options.peers_file, peers_line)
+        watch(server, options.stats_report_interval)
+        if server.failure is not None:
+            logger.error("the server failed: %s", _describe(server.failure))
+            code = 1
+    except StopRequested as request:
+        logger.info("%s, stopping", request)
+    except Exception as e:
+        expected = isinstance(e, (MoEError, OSError))
+        logger.error("the server could not %s: %s", "go on" if server else "start", _describe(e), exc_info=not expected)
+        code = 1
+    finally:
+        signals.begin_stop()
+        if not stop(server):
+            code = code or 1
+    return code
+
+
+def start_server(options: argparse.Namespace) -> RunningServer:
+    """Import what is heavy, create the server and wait until it serves.
+
+    :raises Exception: whatever keeps it from starting
+    """
+    if options.increase_file_limit:
+        increase_file_limit()
+    if options.checkpoint_dir is not None:
+        options.checkpoint_dir.mkdir(exist_ok=True)
+
+    import torch
+
+    from moe.server.server import Server
+
+    if options.torch_threads is not None:
+        torch.set_num_threads(options.torch_threads)
+    server: RunningServer = Server.create(**create_arguments(options), start=True)
+    return server
+
+
+def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of Server.create for a parsed command line. Imports torch."""
+    import torch
+
+    from moe.schema import Compression
+    from moe.server.checkpoints import find_checkpointed_uids
+
+    arguments = {name: getattr(options, name) for name in CREATE_ARGUMENTS}
+    if options.num_experts is None and options.expert_uids is None:
+        found = find_checkpointed_uids(options.checkpoint_dir) if options.checkpoint_dir is not None else []
+        arguments["num_experts"] = max(1, len(found))
+    if options.optimizer == "none":
+        optim_cls: Any = None
+    elif options.optimizer == "sgd":
+        optim_cls = functools.partial(torch.optim.SGD, lr=options.lr or SGD_LR)
+    else:
+        optim_cls = functools.partial(torch.optim.Adam, lr=options.lr) if options.lr else torch.optim.Adam
+    return {
+        **arguments,
+        "optim_cls": optim_cls,
+        "compression": Compression[options.compression],
+        "checkpoint_period_s": options.checkpoint_period or ServerConfig.checkpoint_period_s,
+        "keep_checkpoints": options.keep_checkpoints or ServerConfig.keep_checkpoints,
+        "request_timeout_s": options.request_timeout,
+    }
+
+
+def announce(server: RunningServer, peers_file: Path | None, peers_line: Callable[[Any], str] | None = None) -> None:
+    """Say how to join this server's swarm: on stdout, and in a file that is never seen half-written."""
+    if peers_line is None:
+        from moe.dht import peers_line as peers_line_of_dht
+
+        peers_line = peers_line_of_dht
+    line = peers_line(server.dht)
+    logger.info("serving; others join this swarm with the line below")
+    print(line, flush=True)
+    if peers_file is not None:
+        unfinished = peers_file.with_name(f".{peers_file.name}.{os.getpid()}")
+        unfinished.write_text(line + "\n", encoding="utf-8")
+        unfinished.replace(peers_file)
+
+
+def watch(server: RunningServer, stats_report_interval_s: float | None) -> None:
+    """Wait until the server has stopped or failed, and report what it serves meanwhile."""
+    if stats_report_interval_s is None:
+        while not server.wait(CHECK_PERIOD_S):
+            pass
+        return
+
+    from moe.cli.report import Reporter
+
+    with Reporter() as reporter:
+        while not server.wait(stats_report_interval_s):
+            reporter.report(server.statistics())
+
+
+def stop(server: RunningServer | None) -> bool:
+    """Stop the server, if it came into being, and end all child processes.
+
+    :returns: False if the server's own shutdown raised; its children are ended all the same
+    """
+    try:
+        if server is not None:
+            server.shutdown()
+            server.join()
+            logger.info("stopped")
+        return True
+    except Exception:
+        logger.exception("the server could not shut down")
+        return False
+    finally:
+        end_children()
+
+
+def increase_file_limit() -> None:
+    """Allow this process as many open files as the system lets it, up to OPEN_FILES. Never lowers the limit."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        logger.info("limit of open files raised from %d to %d", soft, wanted)
+    except (OSError, ValueError) as e:
+        logger.warning("the limit of open files stays at %d: %s", soft, e)
+
+
+def _describe(error: BaseException) -> str:
+    return str(error) if isinstance(error, MoEError) and str(error) else f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

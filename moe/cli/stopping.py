@@ -1,0 +1,133 @@
+"""Ending a process well. Owns: signals, the exit of last resort, what child processes do when this process is stopped.
+
+Must not know: what is being stopped. hivemind's DHT lives in a child process that has a child of its own, the libp2p
+daemon; the daemon ends when the DHT's process does. Two things follow from that:
+
+- Ctrl+C in a terminal goes to every process of the terminal's foreground group. The daemon would die of it before this
+  process could tell the swarm that its experts are leaving. So child processes get a group of their own.
+- Child processes must not inherit our signal handlers, or ending them would not end them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, ClassVar
+
+logger = logging.getLogger(__name__)
+
+STOP_WITHIN_S = 4.5  # after this the hard way; ours: a process told to stop is promised to be gone in 5 s
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequested(BaseException):
+    """This process was told to stop. Not an Exception, so that nobody handles it by accident."""
+
+    def __init__(self, number: int):
+        super().__init__(f"caught {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopSignals:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into StopRequested in the main thread; the same one again ends at once.
+
+    After ``begin_stop`` nothing is raised any more, and the process ends the hard way if it is still there
+    ``stop_within_s`` later. A signal that was ignored from the start (nohup) stays ignored.
+
+    :param stop_within_s: time for a graceful stop
+    """
+
+    _active: ClassVar[StopSignals | None] = None
+    _hook_registered: ClassVar[bool] = False
+
+    def __init__(self, stop_within_s: float = STOP_WITHIN_S):
+        self.stop_within_s = stop_within_s
+        self._seen: set[int] = set()
+        self._stopping = False
+        self._previous: dict[int, Any] = {}
+        self._deadline: threading.Timer | None = None
+
+    def __enter__(self) -> StopSignals:
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.uninstall()
+
+    def install(self) -> None:
+        """Take over the signals. Main thread only."""
+        if not StopSignals._hook_registered:
+            os.register_at_fork(after_in_child=_prepare_child)
+            StopSignals._hook_registered = True
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._on_signal)
+        StopSignals._active = self
+
+    def uninstall(self) -> None:
+        """Give the signals back and forget the deadline."""
+        StopSignals._active = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline.join()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def begin_stop(self) -> None:
+        """From here on the process is ending: raise nothing any more and start the clock."""
+        self._stopping = True
+        self._deadline = threading.Timer(self.stop_within_s, self._on_deadline)
+        self._deadline.name, self._deadline.daemon = "moe-stop-deadline", True
+        self._deadline.start()
+
+    def prepare_child(self) -> None:
+        """In a new child process: leave the terminal's foreground group and drop our signal handlers."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_DFL)
+        os.setpgid(0, 0)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number in self._seen:
+            os.write(2, b"told to stop twice, leaving at once\n")  # print() is not safe in a signal handler
+            end_now(128 + number)
+        self._seen.add(number)
+        if not self._stopping:
+            self._stopping = True
+            raise StopRequested(number)
+
+    def _on_deadline(self) -> None:
+        logger.error("still not stopped after %.1f s, leaving at once", self.stop_within_s)
+        end_now(1)
+
+
+def end_children(patience_s: float = 1.0) -> None:
+    """End the child processes that are still there: ask first, then kill."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(patience_s)
+        if child.is_alive():
+            child.kill()
+            child.join(patience_s)
+
+
+def end_now(code: int) -> None:
+    """Kill the child processes and end this one without any cleanup. Does not return."""
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(OSError, ValueError):
+            child.kill()
+    os._exit(code)
+
+
+def _prepare_child() -> None:
+    if StopSignals._active is not None:
+        StopSignals._active.prepare_child()

@@ -1,0 +1,310 @@
+"""RemoteExpert: an expert on another machine that behaves like a local module. Owns: autograd, devices and dtypes.
+
+Thin: requests, retries and checks are ``ExpertCaller``'s. Must not know: gating, grids, sequences.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from moe.client.calls import ExpertCaller, Gradients
+from moe.config import ClientConfig
+from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
+from moe.errors import SchemaError
+from moe.expert_uid import ExpertInfo, PeerIDLike
+from moe.schema import ExpertSchema, Nested, cast_inputs
+from moe.transport.base import Budget, ExpertTransport
+from moe.transport.event_loop import client_loop
+from moe.transport.libp2p import LibP2PTransport
+from moe.wire.messages import ExpertDescription
+
+_transports: weakref.WeakKeyDictionary[Any, ExpertTransport] = weakref.WeakKeyDictionary()
+
+
+def transport_of(source: Any, timeout_s: float | None = 15.0) -> ExpertTransport:
+    """The transport that calls go through: of a DHT, of hivemind's P2P, or one given as it is.
+
+    One is made per DHT (or P2P) and process, and closed when that is garbage-collected.
+
+    :raises LifecycleError: the DHT does not answer
+    """
+    if hasattr(source, "call") and hasattr(source, "info"):
+        return cast(ExpertTransport, source)
+    known = _transports.get(source)
+    if known is None:
+        maddr = source.daemon_listen_maddr if hasattr(source, "daemon_listen_maddr") else resolve_p2p(source, timeout_s)
+        known = _transports[source] = LibP2PTransport(str(maddr))
+        weakref.finalize(source, _close_soon, known).atexit = False
+    return known
+
+
+def _close_soon(transport: ExpertTransport) -> None:
+    client_loop().submit(transport.close())
+
+
+class RemoteExpert(nn.Module):
+    """Calls an expert hosted by other peers; autograd flows to batched and to global inputs.
+
+    A call sends tensors to the server as CPU tensors in the schema's dtype, and brings outputs back to the device of the
+    first input. A backward sends gradients of exactly the inputs that require them, and trains the expert, once.
+
+    :param expert_info: uid and peer id
+    :param p2p: what to call through: a DHT, hivemind's P2P (``await dht.replicate_p2p()``), or an ExpertTransport
+    :param replicas: further servers of the same expert, tried when the first one fails
+    :param config: deadlines, retries; a failing call raises within ``config.total_timeout_s``
+    """
+
+    def __init__(
+        self,
+        expert_info: ExpertInfo,
+        p2p: Any,
+        *,
+        replicas: Sequence[PeerIDLike] = (),
+        config: ClientConfig | None = None,
+    ):
+        super().__init__()
+        self._info = ExpertInfo(*expert_info)
+        self.config = config or ClientConfig()
+        self.caller = ExpertCaller(self._info.uid, [self._info.peer_id, *replicas], transport_of(p2p), self.config)
+
+    @property
+    def uid(self) -> str:
+        """The expert's name."""
+        return self._info.uid
+
+    @property
+    def peer_id(self) -> PeerIDLike:
+        """The server that is asked first."""
+        return self._info.peer_id
+
+    def extra_repr(self) -> str:
+        """For repr."""
+        return f"uid={self.uid}, server_peer_id={self.peer_id}"
+
+    # --- what the expert takes -----------------------------------------------------------------------------------------
+
+    def describe(self, budget: Budget | None = None) -> tuple[ExpertDescription, ExpertSchema]:
+        """The expert's description and schema; asked for on first use."""
+        known = self.caller.known
+        if known is not None:
+            return known
+        return client_loop().run(self.caller.describe(budget or Budget(self.config.total_timeout_s)))
+
+    @property
+    def schema(self) -> ExpertSchema:
+        """What the expert takes and returns."""
+        return self.describe()[1]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """hivemind's keys (forward_schema, outputs_schema, keyword_names) and ours."""
+        description, schema = self.describe()
+        return {
+            "forward_schema": (schema.args, schema.kwargs),
+            "outputs_schema": schema.outputs,
+            "keyword_names": tuple(schema.kwargs),
+            "optional_keywords": schema.optional,
+            "max_batch_size": description.max_batch_size,
+            "trainable": description.trainable,
+            "protocol_version": description.major if description.native else 0,
+            "features": description.features,
+        }
+
+    def refresh_info(self) -> None:
+        """Ask the server again on next use."""
+        self.caller.forget_description()
+
+    # --- calls -----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        *args: Nested,
+        batch_kwargs: Mapping[str, Nested] | None = None,
+        global_kwargs: Mapping[str, Nested] | None = None,
+        **kwargs: Nested,
+    ) -> Nested:
+        """Call the expert.
+
+        :param args: positional inputs, nested as its schema
+        :param batch_kwargs: kwargs that you hold to be batched; checked against the schema
+        :param global_kwargs: kwargs that you hold to be global to the call; checked against the schema
+        :param kwargs: keyword inputs, in any order
+        :returns: outputs, nested as its schema
+        :raises SchemaError: inputs that do not fit, before anything is sent
+        :raises MoEError: no answer within the time budget, or an error of the server
+        """
+        budget = Budget(self.config.total_timeout_s)
+        description, schema = self.describe(budget)
+        kwargs = merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs)
+        try:
+            present, tensors = schema.bind(args, kwargs)
+        except SchemaError as e:
+            hint = "" if description.native else " (a stock hivemind server, which takes no global or optional kwargs)"
+            raise SchemaError(f"{e.message}{hint}", uid=self.uid) from None
+        trigger = _grad_trigger(description.trainable)
+        outputs = _RemoteExpertCall.apply(trigger, self.caller, schema, present, budget, *tensors)
+        return schema.pack_outputs(outputs)
+
+
+def merge_kwargs(
+    schema: ExpertSchema,
+    kwargs: Mapping[str, Nested],
+    batch_kwargs: Mapping[str, Nested] | None,
+    global_kwargs: Mapping[str, Nested] | None,
+) -> dict[str, Nested]:
+    """All keyword inputs of a call, however they were given.
+
+    :raises SchemaError: a kwarg given twice, or called what it is not
+    """
+    batched, shared = dict(batch_kwargs or {}), dict(global_kwargs or {})
+    schema.check_declared_kinds(batched, shared)
+    twice = (kwargs.keys() & batched.keys()) | (kwargs.keys() & shared.keys()) | (batched.keys() & shared.keys())
+    if twice:
+        raise SchemaError(f"kwargs {sorted(twice)} are given more than once")
+    return {**kwargs, **batched, **shared}
+
+
+def _grad_trigger(trainable: bool) -> torch.Tensor:
+    """Makes autograd call backward although no input requires a gradient: an expert with an optimizer wants to train."""
+    return torch.empty(0, requires_grad=trainable)
+
+
+class _RemoteExpertCall(torch.autograd.Function):
+    """The autograd-aware call of a remote expert. Flat tensors in, flat tensors out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        trigger: torch.Tensor,
+        caller: ExpertCaller,
+        schema: ExpertSchema,
+        present: tuple[str, ...],
+        budget: Budget,
+        *inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.caller, ctx.schema, ctx.present = caller, schema, present
+        ctx.save_for_backward(*inputs)
+        sent = to_wire(schema, present, inputs)
+        outputs = client_loop().run(caller.forward(sent, present, budget))
+        device = inputs[0].device
+        outputs = [output.to(device) for output in outputs]
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        caller: ExpertCaller = ctx.caller
+        inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        schema: ExpertSchema = ctx.schema
+        wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[5:], inputs)]
+        grads = [
+            grad.detach().to("cpu", entry.proto.dtype)
+            for grad, entry in zip(grad_outputs, schema.output_entries)
+            if entry.proto.is_floating_point
+        ]
+        sent = to_wire(schema, ctx.present, inputs)
+        budget = Budget(caller.config.total_timeout_s)
+        received = client_loop().run(caller.backward(sent, grads, ctx.present, wants, budget))
+        return (None, None, None, None, None, *from_wire(received, inputs))
+
+
+def to_wire(schema: ExpertSchema, present: tuple[str, ...], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Inputs as they are sent: on CPU, floating-point ones in the schema's dtype, without autograd history."""
+    return [t.detach().cpu() for t in cast_inputs(schema.input_entries(present), inputs)]
+
+
+def from_wire(grads: Gradients, inputs: Sequence[torch.Tensor]) -> Gradients:
+    """Gradients as autograd wants them: on the device and in the dtype of their inputs."""
+    return [None if grad is None else grad.to(t.device, t.dtype) for grad, t in zip(grads, inputs)]
+
+
+# --- making RemoteExperts ------------------------------------------------------------------------------------------------
+
+
+def create_remote_experts(
+    infos: Sequence[ExpertInfo | FoundExpert | None] | Any,
+    dht: DHT,
+    return_future: bool = False,
+    *,
+    config: ClientConfig | None = None,
+) -> Any:
+    """RemoteExperts for found experts; None stays None.
+
+    :param infos: what was found, or a future of it
+    :param return_future: give a concurrent Future of the list instead of waiting
+    """
+    if return_future:
+        return _later(lambda: create_remote_experts(_resolved(infos), dht, config=config))
+    return [_create(info, dht, config) for info in _resolved(infos)]
+
+
+def batch_create_remote_experts(
+    infos: Sequence[Sequence[ExpertInfo | None]] | Any,
+    dht: DHT,
+    return_future: bool = False,
+    *,
+    config: ClientConfig | None = None,
+) -> Any:
+    """The same for a list of lists."""
+    if return_future:
+        return _later(lambda: batch_create_remote_experts(_resolved(infos), dht, config=config))
+    return [create_remote_experts(row, dht, config=config) for row in _resolved(infos)]
+
+
+def get_experts(
+    dht: DHT,
+    uids: Sequence[str],
+    expiration_time: float | None = None,
+    return_future: bool = False,
+    *,
+    config: ClientConfig | None = None,
+) -> Any:
+    """Find experts by uid.
+
+    :param dht: a running DHT node
+    :param uids: which
+    :param expiration_time: only those announced to live at least this long (DHT time)
+    :param return_future: give a concurrent Future of the list instead of waiting
+    :param config: deadlines and retries of the experts' calls, and of this search
+    :returns: list of RemoteExpert, or None where no live server is known, in the order of ``uids``
+    """
+    if isinstance(uids, str):
+        raise SchemaError(f"uids is a list of expert uids, got the string {uids!r}")
+    timeout_s = (config or ClientConfig()).total_timeout_s
+
+    def search() -> list[RemoteExpert | None]:
+        found = find_experts(dht, list(uids), expiration_time, timeout_s=timeout_s)
+        return cast("list[RemoteExpert | None]", create_remote_experts(found, dht, config=config))
+
+    return _later(search) if return_future else search()
+
+
+def _create(info: Any, dht: DHT, config: ClientConfig | None) -> RemoteExpert | None:
+    if info is None:
+        return None
+    if isinstance(info, FoundExpert):
+        first, *replicas = info.peer_ids
+        return RemoteExpert(ExpertInfo(info.uid, first), dht, replicas=replicas, config=config)
+    return RemoteExpert(info, dht, config=config)
+
+
+def _resolved(maybe_future: Any) -> Any:
+    return maybe_future.result(ClientConfig().total_timeout_s) if hasattr(maybe_future, "result") else maybe_future
+
+
+def _later(work: Any) -> Future[Any]:
+    """Run blocking work in a thread of the client loop's executor."""
+    loop = client_loop()
+
+    async def run() -> Any:
+        return await loop.loop.run_in_executor(None, work)
+
+    return loop.submit(run())

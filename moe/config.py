@@ -1,0 +1,164 @@
+"""Settings as frozen dataclasses with units in their names. Owns: defaults and what makes a setting invalid.
+
+Imports nothing heavy, so that the command line can refuse bad settings before torch is loaded. Where a number is ours and
+not measured, its comment says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moe.errors import ConfigError
+
+BUILTIN_EXPERTS = ("adapted_ffn", "det_dropout", "ffn", "nop", "nop_delay", "transformer")  # moe/server/layers
+OPTIMIZERS = ("adam", "sgd", "none")  # hivemind-server --optimizer
+SCHEDULERS = ("constant", "cosine", "linear", "none")  # moe/server/layers/lr_schedule.py
+COMPRESSIONS = ("NONE", "MEANSTD_16BIT", "FLOAT16", "QUANTILE_8BIT", "UNIFORM_8BIT", "BLOCKWISE_8BIT")
+
+DHT_MIN_EXPIRATION_S = 3.0  # hivemind's MAX_DHT_TIME_DISCREPANCY_SECONDS
+
+
+def check_positive(owner: object, *names: str, allow_none: bool = True, allow_zero: bool = False) -> None:
+    """Raise ConfigError unless each named attribute is a positive number (or None, or zero, where allowed)."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is None and allow_none:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+        if not number or value < 0 or (value == 0 and not allow_zero):
+            kind = "a number >= 0" if allow_zero else "a positive number"
+            raise ConfigError(f"{name}: expected {kind}{' or None' if allow_none else ''}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How patient a client is. ``None`` means "no limit" and has to be asked for.
+
+    :param connect_timeout_s: to reach a peer and learn what its expert takes
+    :param request_timeout_s: for one request to one server, from sending to the full reply
+    :param total_timeout_s: for everything one forward or one backward does: search, info, requests, retries
+    :param max_retries: further attempts after a transient failure (another server of the same expert first)
+    :param min_backoff_s: wait before the second attempt; doubles after each
+    :param max_backoff_s: longest wait between attempts
+    :param max_tokens_per_request: RemoteSequential splits larger batches (rows x length of the first sequence axis)
+    :param detect_anomalies: refuse non-finite inputs, outputs and gradients on the client
+    """
+
+    connect_timeout_s: float | None = 5.0
+    request_timeout_s: float | None = 180.0
+    total_timeout_s: float | None = 300.0
+    max_retries: int = 3
+    min_backoff_s: float = 0.2
+    max_backoff_s: float = 10.0
+    max_tokens_per_request: int = 1024
+    detect_anomalies: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "connect_timeout_s", "request_timeout_s", "total_timeout_s")
+        check_positive(self, "min_backoff_s", "max_backoff_s", "max_retries", allow_none=False, allow_zero=True)
+        check_positive(self, "max_tokens_per_request", allow_none=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """How one TaskPool batches and bounds its work.
+
+    :param min_batch_size: rows to wait for before a batch is formed, for at most ``max_wait_s``
+    :param max_batch_size: rows in one batch; a single request with more is refused (clients split them)
+    :param max_wait_s: longest a task waits for ``min_batch_size`` to be reached
+    :param max_pending_tasks: waiting tasks before new ones are refused as Overloaded
+    :param max_pending_per_peer: the same for one peer, so that one flood cannot lock everybody out
+    """
+
+    min_batch_size: int = 1
+    max_batch_size: int = 4096
+    max_wait_s: float = 0.05
+    max_pending_tasks: int = 4096
+    max_pending_per_peer: int = 1024
+
+    def __post_init__(self) -> None:
+        check_positive(self, "min_batch_size", "max_batch_size", "max_pending_tasks", allow_none=False)
+        check_positive(self, "max_pending_per_peer", allow_none=False)
+        check_positive(self, "max_wait_s", allow_none=False, allow_zero=True)
+        if self.min_batch_size > self.max_batch_size:
+            raise ConfigError(
+                f"min_batch_size ({self.min_batch_size}) is larger than max_batch_size ({self.max_batch_size})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandlerConfig:
+    """What a server accepts from the network.
+
+    :param max_request_bytes: of all tensors of one request together; wildcard sizes are bounded by this alone
+    :param max_inflight_bytes: of all requests being received or answered at one time
+    :param request_timeout_s: longest a request may take when its caller sets no shorter time
+    :param read_timeout_s: longest silence while a request is being received (against slow senders)
+    :param once_max_replies: finished backward replies kept to answer repeats
+    :param once_max_bytes: of those replies together
+    :param once_window_s: how long a repeated backward is recognized
+    :param detect_anomalies: refuse non-finite inputs and gradients, never step on a non-finite gradient
+    """
+
+    max_request_bytes: int = 2**30
+    max_inflight_bytes: int = 2**32
+    request_timeout_s: float = 300.0
+    read_timeout_s: float = 30.0
+    once_max_replies: int = 4096
+    once_max_bytes: int = 2**28
+    once_window_s: float = 600.0
+    detect_anomalies: bool = False
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self) if field.name != "detect_anomalies"]
+        check_positive(self, *names, allow_none=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a Server announces, reports, saves and stops.
+
+    :param update_period_s: how often experts are announced to the DHT
+    :param expiration_s: how long an announcement lives; default twice the period, at least 3 s
+    :param start_timeout_s: for all parts to start
+    :param shutdown_timeout_s: for a graceful stop before the hard way
+    :param checkpoint_period_s: how often experts are saved, if there is a checkpoint directory
+    :param keep_checkpoints: newest checkpoints kept per expert
+    :param stats_report_interval_s: how often served rows are reported; None: never
+    :param stuck_after_s: a batch that runs longer makes the server unhealthy; None: never
+    """
+
+    update_period_s: float = 30.0
+    expiration_s: float | None = None
+    start_timeout_s: float = 60.0
+    shutdown_timeout_s: float = 5.0
+    checkpoint_period_s: float = 60.0
+    keep_checkpoints: int = 3
+    stats_report_interval_s: float | None = None
+    stuck_after_s: float | None = 600.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "update_period_s", "start_timeout_s", "shutdown_timeout_s", allow_none=False)
+        check_positive(self, "checkpoint_period_s", "keep_checkpoints", allow_none=False)
+        check_positive(self, "expiration_s", "stats_report_interval_s", "stuck_after_s")
+
+    @property
+    def announce_expiration_s(self) -> float:
+        """How long an announcement lives."""
+        if self.expiration_s is not None:
+            return self.expiration_s
+        return max(2 * self.update_period_s, DHT_MIN_EXPIRATION_S)
+
+
+def replace_known(config: Any, **changes: Any) -> Any:
+    """A copy of a config dataclass with the changes that are not None.
+
+    :raises ConfigError: for a name the config does not have
+    """
+    known = {field.name: getattr(config, field.name) for field in fields(config)}
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise ConfigError(f"{type(config).__name__} has no setting {unknown}; it has {sorted(known)}")
+    return type(config)(**{**known, **{name: value for name, value in changes.items() if value is not None}})

@@ -1,0 +1,37 @@
+"""What is stored in the DHT and how it is read. Owns: keys, values, announcing, retracting, and the DHT process.
+
+``records`` knows what keys and values mean (pure), ``process`` starts, stops and asks the DHT's process, ``experts``
+declares, retracts and finds, ``announcer`` keeps declaring. Nothing else in this package knows a key of the DHT.
+"""
+
+from hivemind.dht import DHT  # type: ignore[import-untyped]
+from hivemind.p2p import PeerID  # type: ignore[import-untyped]
+from hivemind.utils import get_dht_time  # type: ignore[import-untyped]
+
+from moe.dht.announcer import Announcer, AnnouncerStatistics
+from moe.dht.experts import declare_experts, fetch_prefixes, find_experts, list_servers, retract_experts
+from moe.dht.process import peers_line, resolve_p2p, start_dht, stop_dht, visible_addresses
+from moe.dht.records import FoundExpert, ServerInfo, ServerState, Successor, Successors
+
+__all__ = [
+    "DHT",
+    "Announcer",
+    "AnnouncerStatistics",
+    "FoundExpert",
+    "PeerID",
+    "ServerInfo",
+    "ServerState",
+    "Successor",
+    "Successors",
+    "declare_experts",
+    "fetch_prefixes",
+    "find_experts",
+    "get_dht_time",
+    "list_servers",
+    "peers_line",
+    "resolve_p2p",
+    "retract_experts",
+    "start_dht",
+    "stop_dht",
+    "visible_addresses",
+]

@@ -1,0 +1,359 @@
+"""Experts in the DHT. Owns: declaring, retracting and finding them, and listing servers.
+
+The DHT cannot delete: a record is retracted by a *tombstone* (None) that ends a moment after it. Nodes of the DHT keep
+what they once read until it expires; so that tombstones and new experts are seen at once, reads ask all holders of a key
+and merge what they know. Functions that take a ``node`` run inside the DHT process, others call them there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hivemind.dht import DHT, DHTNode  # type: ignore[import-untyped]
+from hivemind.p2p import PeerID  # type: ignore[import-untyped]
+from hivemind.utils import DHTExpiration, MPFuture, get_dht_time  # type: ignore[import-untyped]
+
+from moe.dht.process import DEFAULT_TIMEOUT_S, call, call_in_background
+from moe.dht.records import (
+    DIRECTORY_KEY,
+    MAX_PARTS,
+    MAX_UIDS,
+    TOMBSTONE_EDGE_S,
+    FoundExpert,
+    PeerIDs,
+    Place,
+    Record,
+    ServerInfo,
+    ServerState,
+    Successors,
+    by_prefix,
+    find_heirs,
+    hosted_key,
+    own_records,
+    owner,
+    part_key,
+    read_hosted,
+    read_part,
+    read_part_count,
+    read_successors,
+    replace_own,
+    replace_stock,
+    stock_records,
+    uid_parts,
+)
+from moe.errors import ConfigError
+from moe.expert_uid import UID_PATTERN, ExpertPrefix, ExpertUID, is_valid_uid, split_uid
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_EXPIRATION_S = 60.0  # twice the default announce period (ServerConfig.update_period_s)
+TIMEOUT_PER_UID_S = 0.05  # on top; declaring 1024 experts took 4 s with 3 nodes, 15 s with 8, all on the same two cores
+STALE_AFTER_S = 1.0  # how long a read waits for the last holders of a key before it takes what one of them knows
+GIVE_UP_KEY_S = 5.0  # how long it then waits for a key; one with a malformed value is never answered by hivemind
+MAX_OUTBID_S = 600.0  # how much longer than asked a record may live to replace one in its way; stock clients put "there
+# is no such expert" in the place of a 1-D expert for up to 300 s
+MAX_LISTED_PARTS = 4096  # list_servers reads no more parts of uids than this, whatever servers say
+MAX_LISTED_UIDS = 2**20  # nor more uids
+
+
+# --- reading and storing ---------------------------------------------------------------------------------------------
+
+
+async def _read(node: DHTNode, keys: Iterable[str], *, latest: bool) -> dict[str, dict[Any, Record]]:
+    """The unexpired records at each key by subkey (that of a plain value is None). What cannot be read is absent.
+
+    :param latest: ask all holders of a key and merge what they know, subkey by subkey; else any one's copy will do
+    """
+    keys = list(dict.fromkeys(keys))
+    if not keys:
+        return {}
+    searches: dict[str, asyncio.Future[Any]] = {}
+    with contextlib.suppress(Exception):  # this node holds a malformed value for one of the keys
+        searches = await node.get_many(keys, math.inf if latest else None, return_futures=True)
+        await asyncio.wait(searches.values(), timeout=STALE_AFTER_S if latest else GIVE_UP_KEY_S)
+    late = [key for key in keys if key not in searches or not searches[key].done() or searches[key].exception()]
+    found: dict[str, Any] = {key: searches[key].result() for key in keys if key not in late}
+    for key in searches.keys() & set(late):
+        searches[key].cancel()
+    reads = (asyncio.wait_for(node.get(key), GIVE_UP_KEY_S) for key in late)
+    found.update(zip(late, await asyncio.gather(*reads, return_exceptions=True)))
+    now = get_dht_time()
+    return {key: _records_of(found[key], now) for key in keys}
+
+
+def _records_of(found: Any, now: float) -> dict[Any, Record]:
+    if found is None or isinstance(found, BaseException):
+        return {}
+    entries = found.value if isinstance(found.value, dict) else {None: found}
+    return {
+        subkey: Record(entry.value, entry.expiration_time)
+        for subkey, entry in entries.items()
+        if hasattr(entry, "expiration_time") and entry.expiration_time > now
+    }
+
+
+async def _store(node: DHTNode, records: Mapping[Place, Record]) -> dict[Place, bool]:
+    """Store each record; False if the last holder to answer refused it, as it has one that ends later."""
+    if not records:
+        return {}
+    stored = await node.store_many(
+        keys=[key for key, _ in records],
+        values=[record.value for record in records.values()],
+        expiration_time=[float(record.expiration_time) for record in records.values()],
+        subkeys=[subkey for _, subkey in records],
+    )
+    return {(key, subkey): stored[key if subkey is None else (key, subkey)] for key, subkey in records}
+
+
+# --- declaring -------------------------------------------------------------------------------------------------------
+
+
+def declare_experts(
+    dht: DHT,
+    uids: Sequence[ExpertUID],
+    expiration_time: DHTExpiration | None = None,
+    wait: bool = True,
+    *,
+    info: ServerInfo | None = None,
+    timeout_s: float | None = None,
+) -> dict[Any, bool] | MPFuture[dict[Any, bool]]:
+    """Make experts visible to all DHT peers; declare them again to prolong that.
+
+    :param dht: a running DHT; the experts are declared to be at its peer
+    :param uids: a list of expert uids
+    :param expiration_time: DHT time until which they are visible; default: a minute from now
+    :param wait: if False, do it in the background and return a future
+    :param info: also tell the swarm this about the server. Unless it says that the server is online, nothing else is
+        stored, and the experts do not become visible
+    :param timeout_s: default 15 s and a little more for each expert
+    :returns: for each stock key (``uid`` or ``(prefix, coordinate)``): True if the record stands, False if it was
+        refused, normally because another server's record of the same expert or prefix ends later
+    :raises ConfigError: if uids is a string or contains an invalid uid
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    uids = check_uids(uids)
+    expiration_time = get_dht_time() + DEFAULT_EXPIRATION_S if expiration_time is None else float(expiration_time)
+    args = uids, expiration_time, info.to_plain() if info is not None else None
+    stage = f"declaring {len(uids)} experts"
+    if not wait:
+        return call_in_background(dht, stage, _declare, *args)
+    return call(dht, stage, _declare, *args, timeout_s=_enough_for(uids) if timeout_s is None else timeout_s)
+
+
+_declaring: dict[asyncio.Task[Any], set[ExpertUID]] = {}  # so that a retraction can end what would undo it
+
+
+async def _declare(
+    node: DHTNode, uids: list[ExpertUID], expiration_time: float, facts: dict[str, Any] | None
+) -> dict[Any, bool]:
+    task = asyncio.current_task()
+    assert task is not None
+    _declaring[task] = set(uids)
+    try:
+        me = node.peer_id.to_base58()
+        online = facts is None or facts["state"] == ServerState.ONLINE
+        stock = stock_records(uids, me) if online else {}
+        wanted = {**(own_records(uids, me, facts) if facts is not None else {}), **stock}
+        stored = await _store(node, {place: Record(value, expiration_time) for place, value in wanted.items()})
+
+        refused = [place for place, ok in stored.items() if not ok]
+        in_the_way = await _read(node, (key for key, _ in refused), latest=True)
+        again: dict[Place, Record] = {}
+        for place in refused:
+            blocker = in_the_way[place[0]].get(place[1])
+            if blocker is None or blocker.expiration_time > expiration_time + MAX_OUTBID_S:
+                continue
+            if place in stock and blocker.value is not None:
+                stored[place] = owner(blocker.value) == me  # it stands, whichever of our experts it names
+            else:
+                outbid = max(expiration_time, blocker.expiration_time + TOMBSTONE_EDGE_S)
+                again[place] = Record(wanted[place], outbid)
+        stored.update(await _store(node, again))
+        return {key if subkey is None else (key, subkey): stored[key, subkey] for key, subkey in stock}
+    finally:
+        del _declaring[task]
+
+
+def check_uids(uids: Iterable[ExpertUID]) -> list[ExpertUID]:
+    """The uids, each one once.
+
+    :raises ConfigError: if they cannot be announced: a string instead of a list, invalid, too many
+    """
+    if isinstance(uids, str):
+        raise ConfigError("Please send a list / tuple of expert uids.")
+    uids = list(dict.fromkeys(uids))
+    for uid in uids:
+        if not isinstance(uid, str) or not is_valid_uid(uid):
+            raise ConfigError(f"{uid} is not a valid expert uid. All uids must follow {UID_PATTERN.pattern}")
+    if len(uids) > MAX_UIDS or len(uid_parts(by_prefix(uids))) > MAX_PARTS:
+        raise ConfigError(f"{len(uids)} uids are too many or too long for one server to announce")
+    return uids
+
+
+def _enough_for(uids: Sequence[ExpertUID]) -> float:
+    return DEFAULT_TIMEOUT_S + TIMEOUT_PER_UID_S * len(uids)
+
+
+# --- retracting ------------------------------------------------------------------------------------------------------
+
+
+def retract_experts(dht: DHT, uids: Sequence[ExpertUID], timeout_s: float | None = None) -> None:
+    """Make this peer's experts invisible again, at once for readers of this package; stock readers may go on seeing a
+    copy they have read before, until it expires. Records of other servers stay, and where these host the same expert
+    or another one below the same prefix, our record is handed over to them.
+
+    :raises ConfigError: if uids is a string or contains an invalid uid
+    :raises CallTimeout: if this takes too long; what was done by then stays done
+    :raises LifecycleError: if the DHT is not running
+    """
+    uids = check_uids(uids)
+    timeout_s = _enough_for(uids) if timeout_s is None else timeout_s
+    call(dht, f"retracting {len(uids)} experts", _retract, uids, timeout_s=timeout_s)
+
+
+async def _retract(node: DHTNode, uids: list[ExpertUID]) -> None:
+    leaving = set(uids)
+    declaring = [task for task, names in _declaring.items() if names & leaving]
+    for task in declaring:
+        task.cancel()
+    await asyncio.gather(*declaring, return_exceptions=True)
+
+    me = node.peer_id.to_base58()
+    places = [place for place in stock_records(uids, me) if place[1] is not None]
+    keys = [*(key for key, _ in places), *map(hosted_key, by_prefix(uids)), DIRECTORY_KEY]
+    found = await _read(node, keys, latest=True)
+    directory = found[DIRECTORY_KEY].get(me)
+    parts = read_part_count(directory.value) if directory is not None else 0
+    found.update(await _read(node, (part_key(me, i) for i in range(parts)), latest=True))
+
+    # prefixes and our own facts first: they are few, and all that readers of this package need
+    heirs = find_heirs(leaving, found, me)
+    await _store(node, {**replace_stock(leaving, places, found, heirs, me), **replace_own(leaving, found, me)})
+
+    # this node's own copy is enough: if another server's record has replaced ours, it ends later and so refuses this
+    own_copies = await _read(node, uids, latest=False)
+    tombstones: dict[Place, Record] = {}
+    for uid, records in own_copies.items():
+        if None in records and records[None].value == me:
+            tombstones[uid, None] = Record(heirs.get(uid), records[None].expiration_time + TOMBSTONE_EDGE_S)
+    await _store(node, tombstones)
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_experts(
+    dht: DHT,
+    uids: Sequence[ExpertUID],
+    expiration_time: DHTExpiration | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> list[FoundExpert | None]:
+    """Who hosts these experts: the peer of the stock record first, then other servers by their own word, least loaded
+    first. A stock record is not believed if its own peer says otherwise.
+
+    :param expiration_time: count only servers announced at least until then; default: now
+    :returns: for each uid, where it was found, or None
+    :raises ConfigError: if uids is a string
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    if isinstance(uids, str):
+        raise ConfigError("Please send a list / tuple of expert uids.")
+    if not uids:
+        return []
+    return call(dht, f"finding {len(uids)} experts", _find, list(uids), expiration_time, timeout_s=timeout_s)
+
+
+async def _find(node: DHTNode, uids: list[ExpertUID], alive_at: float | None) -> list[FoundExpert | None]:
+    now = get_dht_time()
+    alive_at = now if alive_at is None else max(alive_at, now)
+    peer_ids = PeerIDs()
+    asked = {uid: hosted_key(split_uid(uid)[0]) for uid in uids if is_valid_uid(uid)}
+    stock, own = await asyncio.gather(_read(node, asked, latest=False), _read(node, asked.values(), latest=True))
+    by_own_word = {key: read_hosted(key, records, peer_ids) for key, records in own.items()}
+
+    def look(uid: ExpertUID) -> tuple[FoundExpert | None, bool]:
+        """Who hosts the expert as far as known, and whether the stock record has been retracted."""
+        record, servers, coordinate = stock[uid].get(None), by_own_word[asked[uid]], split_uid(uid)[1]
+        ends: dict[PeerID, float] = {}
+        retracted = False
+        if record is not None:
+            first = peer_ids.read(record.value)
+            retracted = first is None or (first in servers and not servers[first].hosts(coordinate))
+            if first is not None and not retracted and record.expiration_time >= alive_at:
+                ends[first] = record.expiration_time
+        for peer_id, server in servers.items():
+            if server.hosts(coordinate) and server.expiration_time >= alive_at:
+                ends[peer_id] = max(server.expiration_time, ends.get(peer_id, 0.0))
+        return (FoundExpert(uid, tuple(ends), max(ends.values())) if ends else None), retracted
+
+    # what this node remembers of a retracted record may be older than another server's new one
+    stock.update(await _read(node, [uid for uid in asked if look(uid)[1]], latest=True))
+    return [look(uid)[0] if uid in asked else None for uid in uids]
+
+
+def fetch_prefixes(
+    dht: DHT, prefixes: Collection[ExpertPrefix], timeout_s: float = DEFAULT_TIMEOUT_S
+) -> dict[ExpertPrefix, Successors]:
+    """The live successors of each prefix: for each next coordinate an expert, and when its record ends. One request for
+    all prefixes; ``{}`` for one that has no live successors.
+
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    if not prefixes:
+        return {}
+    return call(dht, f"looking up {len(prefixes)} prefixes", _fetch, list(prefixes), timeout_s=timeout_s)
+
+
+async def _fetch(node: DHTNode, prefixes: list[ExpertPrefix]) -> dict[ExpertPrefix, Successors]:
+    peer_ids = PeerIDs()
+    found = await _read(node, prefixes, latest=True)
+    return {prefix: read_successors(prefix, found[prefix], peer_ids) for prefix in prefixes}
+
+
+def list_servers(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[ServerInfo]:
+    """All servers that told the swarm about themselves, with their experts, by peer id. Stock servers do not.
+
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    return call(dht, "listing servers", _list, timeout_s=timeout_s)
+
+
+async def _list(node: DHTNode) -> list[ServerInfo]:
+    peer_ids = PeerIDs()
+    servers: dict[str, ServerInfo] = {}
+    parts: dict[str, list[str]] = {}
+    room = MAX_LISTED_PARTS
+    for peer, record in (await _read(node, [DIRECTORY_KEY], latest=True))[DIRECTORY_KEY].items():
+        try:
+            if peer_ids.read(peer) is None:
+                raise ValueError("its subkey is not a peer id")
+            info = ServerInfo.from_plain(record.value)
+        except ValueError as e:
+            logger.warning("skipping a malformed record of %.100r at %s: %s", peer, DIRECTORY_KEY, e)
+            continue
+        servers[peer] = replace(info, peer_id=peer, expiration_time=record.expiration_time)
+        parts[peer] = [part_key(peer, i) for i in range(min(room, read_part_count(record.value)))]
+        room -= len(parts[peer])
+
+    found = await _read(node, (key for keys in parts.values() for key in keys), latest=True)
+    room = MAX_LISTED_UIDS
+    for peer, keys in parts.items():
+        try:
+            uids = tuple(uid for key in keys if None in found[key] for uid in read_part(found[key][None].value))
+            if len(uids) > min(MAX_UIDS, room):
+                raise ValueError(f"{len(uids)} uids are too many")
+            room -= len(uids)
+            servers[peer] = replace(servers[peer], uids=uids)
+        except ValueError as e:
+            logger.warning("skipping a malformed list of the experts of %s: %s", peer, e)
+    return [servers[peer] for peer in sorted(servers)]

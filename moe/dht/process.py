@@ -1,0 +1,284 @@
+"""The DHT's process. Owns: starting it, ending it without a trace, and running functions in it within a deadline.
+
+hivemind's DHT is a forked process with an event loop, asked through a pipe. By itself, a request to a dead or stuck one
+waits for ever, a request larger than a few kilobytes can kill it (it reads the pipe without blocking and takes a part
+for the whole), and it outlives a parent that is killed. None of that gets past this file. Must not know: records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import select
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing import reduction
+from typing import Any, TypeVar, cast
+
+import msgspec
+from hivemind.dht import DHT, DHTNode  # type: ignore[import-untyped]
+from hivemind.p2p import PeerID  # type: ignore[import-untyped]
+from hivemind.utils import MPFuture  # type: ignore[import-untyped]
+from hivemind.utils.multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from moe.errors import CallTimeout, ConfigError, LifecycleError, MoEError, TransportError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 15.0  # for one operation
+_ANSWER_GRACE_S = 1.0  # the DHT process keeps the deadline; this is for its answer to arrive
+_POLL_S = 0.25  # how often a waiting caller looks whether the process still lives
+_INLINE_BYTES = 2048  # a request is one write of at most PIPE_BUF (4096) bytes; 759 of them are hivemind's
+
+_Result = TypeVar("_Result")
+NodeFunction = Callable[..., Awaitable[_Result]]  # async def function(node, *plain arguments), on module level
+
+
+# --- asking it -------------------------------------------------------------------------------------------------------
+
+
+def call(
+    dht: DHT, stage: str, function: NodeFunction[_Result], *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> _Result:
+    """Run ``function(node, *args)`` in the DHT process. The arguments are plain: strings, numbers, lists, dicts.
+
+    :param stage: what is being done, for errors
+    :raises CallTimeout: if it gives no result in time
+    :raises LifecycleError: if the process is not running
+    :raises TransportError: if the function raised
+    """
+    deadline = time.monotonic() + timeout_s
+    coroutine = partial(_run_bounded, function=function, payload=_pack(args), timeout_s=timeout_s)
+    try:
+        outcome, result = _wait(dht, stage, _send(dht, stage, coroutine, deadline), deadline + _ANSWER_GRACE_S)
+    except CallTimeout:
+        outcome, result = "timeout", None
+    if outcome == "timeout":
+        raise CallTimeout(f"DHT: {stage} took longer than {timeout_s:.3g} s")
+    if outcome != "ok":
+        raise TransportError(f"DHT: {stage} failed: {result or outcome}")
+    return cast(_Result, result)
+
+
+def call_in_background(dht: DHT, stage: str, function: NodeFunction[_Result], *args: Any) -> MPFuture[_Result]:
+    """Like ``call``, but returns hivemind's future of the result, which has no deadline of its own.
+
+    :raises CallTimeout: if the process takes no requests
+    :raises LifecycleError: if the process is not running
+    """
+    coroutine = partial(_run_unbounded, function=function, payload=_pack(args))
+    return _send(dht, stage, coroutine, time.monotonic() + DEFAULT_TIMEOUT_S)
+
+
+async def _run_bounded(
+    _dht: DHT, node: DHTNode, *, function: NodeFunction[Any], payload: Any, timeout_s: float
+) -> tuple[str, Any]:
+    """Errors are returned: what is raised here, hivemind logs with a traceback."""
+    try:
+        return "ok", await asyncio.wait_for(function(node, *_unpack(payload)), timeout_s)
+    except asyncio.TimeoutError:
+        return "timeout", None
+    except asyncio.CancelledError:
+        return "cancelled", None
+    except Exception as e:
+        logger.debug("an operation on the DHT failed", exc_info=True)
+        return "error", f"{type(e).__name__}: {e}"
+
+
+async def _run_unbounded(_dht: DHT, node: DHTNode, *, function: NodeFunction[Any], payload: Any) -> Any:
+    return await function(node, *_unpack(payload))
+
+
+def _pack(args: tuple[Any, ...]) -> Any:
+    """Arguments as bytes or, if they are many, as an unnamed file, so that the request itself stays small."""
+    payload = msgspec.msgpack.encode(args)
+    if len(payload) <= _INLINE_BYTES:
+        return payload
+    with tempfile.TemporaryFile() as spool:
+        spool.write(payload)
+        spool.flush()
+        return reduction.DupFd(spool.fileno())
+
+
+def _unpack(payload: Any) -> Any:
+    if not isinstance(payload, bytes):
+        with os.fdopen(payload.detach(), "rb") as spool:
+            spool.seek(0)
+            payload = spool.read()
+    return msgspec.msgpack.decode(payload)
+
+
+def _send(dht: DHT, stage: str, coroutine: Callable[..., Awaitable[Any]], deadline: float) -> Any:
+    _check_alive(dht, stage)
+    with _room_in_pipe(dht, stage, deadline):
+        return dht.run_coroutine(coroutine, return_future=True)
+
+
+_sending = threading.Lock()  # seeing that there is room and using it, as one
+
+
+@contextlib.contextmanager
+def _room_in_pipe(dht: DHT, stage: str, deadline: float) -> Iterator[None]:
+    """Hold the pipe to the DHT process while there is room for one small request: writing to a full one blocks."""
+    if not _sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise CallTimeout(f"DHT: {stage}: others are waiting to send requests")
+    try:
+        poll = select.poll()
+        poll.register(dht._outer_pipe.fileno(), select.POLLOUT)
+        if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+            raise CallTimeout(f"DHT: {stage}: its process takes no requests")
+        yield
+    except OSError as e:
+        if isinstance(e, CallTimeout):
+            raise
+        raise LifecycleError(f"DHT: {stage}: the way to its process is closed ({e})") from e
+    finally:
+        _sending.release()
+
+
+def _wait(dht: DHT, stage: str, future: Any, deadline: float) -> Any:
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return future.result(timeout=max(0.0, min(left, _POLL_S)))
+        except concurrent.futures.TimeoutError:
+            if future.done():
+                raise  # it is the result
+            if left <= 0:
+                raise CallTimeout(f"DHT: {stage}: no answer in time") from None
+            _check_alive(dht, stage)
+
+
+def _check_alive(dht: DHT, stage: str) -> None:
+    if dht._parent_pid == os.getpid() and not dht.is_alive():  # another process could not tell
+        raise LifecycleError(f"DHT: {stage}: its process is not running (exit code {dht.exitcode})")
+
+
+# --- starting and stopping it ----------------------------------------------------------------------------------------
+
+
+def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.0, **kwargs: Any) -> DHT:
+    """Start a DHT node in its own process, which ends together with this one. Call it before threads and CUDA start.
+
+    :param initial_peers: addresses of peers whose swarm to join; none: a new swarm
+    :param kwargs: of hivemind's DHT, DHTNode and P2P (host_maddrs, identity_path, record_validators, authorizer, ...)
+    :raises ConfigError: if an address is malformed; nothing was started then
+    :raises LifecycleError: if it could not start, or not in time; nothing is left of it then
+    """
+    if isinstance(initial_peers, str):
+        raise ConfigError("initial_peers is a list of addresses, not one string")
+    for address in initial_peers:
+        try:
+            Multiaddr(address)["p2p"]
+        except Exception as e:
+            raise ConfigError(f"initial_peers: {str(address)!r} is not an address like /ip4/.../p2p/...: {e}") from None
+    deadline = time.monotonic() + start_timeout_s
+    dht = DHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
+    dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
+    try:
+        _wait(dht, "starting", dht._ready, deadline)
+        left = max(0.1, deadline - time.monotonic())
+        dht._peer_id = call(dht, "starting", _end_with_parent, os.getpid(), timeout_s=left)
+    except BaseException as e:
+        _kill(dht)
+        if isinstance(e, CallTimeout):
+            raise LifecycleError(f"the DHT did not start within {start_timeout_s:.3g} s") from e
+        if isinstance(e, Exception) and not isinstance(e, LifecycleError):
+            raise LifecycleError(f"the DHT could not start: {e}") from e
+        raise
+    return dht
+
+
+async def _end_with_parent(node: DHTNode, parent_pid: int) -> PeerID:
+    """End this process when the one that started it is gone."""
+    loop = asyncio.get_running_loop()
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(1.0)
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(node.shutdown(), loop).result(timeout=3.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="moe.dht.end_with_parent", daemon=True).start()
+    return node.peer_id
+
+
+def stop_dht(dht: DHT, timeout_s: float = 5.0) -> None:
+    """Stop a DHT and leave nothing of it: no process, no libp2p daemon, no descriptor. May be called twice.
+
+    :param timeout_s: for a graceful end; after that its process is killed, whereupon its libp2p daemon ends too
+    :raises LifecycleError: if another process has started it
+    """
+    if dht._parent_pid != os.getpid():
+        raise LifecycleError("only the process that started a DHT can stop it")
+    deadline = time.monotonic() + timeout_s
+    if dht.is_alive():
+        with contextlib.suppress(MoEError), _room_in_pipe(dht, "stopping", deadline):
+            dht._outer_pipe.send(("_shutdown", [], {}))
+        dht.join(max(0.0, deadline - time.monotonic()))
+        if dht.is_alive():
+            logger.warning("the DHT did not stop within %.3g s and is killed", timeout_s)
+    _kill(dht)
+
+
+def _kill(dht: DHT) -> None:
+    if dht.is_alive():
+        dht.kill()
+        dht.join()
+    for pipe in (dht._outer_pipe, dht._inner_pipe):
+        with contextlib.suppress(OSError):
+            pipe.close()
+    if dht._popen is not None:
+        dht._popen.close()  # not dht.close(): that would make hivemind's own __del__ fail
+
+
+# --- asking where it is ----------------------------------------------------------------------------------------------
+
+
+def visible_addresses(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[str, ...]:
+    """Addresses at which other peers can reach this DHT, each with its peer id. Loopback ones only if there is nothing
+    else; none in client mode.
+
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    addresses = call(dht, "asking for its addresses", _addresses, timeout_s=timeout_s)
+    public = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return tuple(dict.fromkeys(public or addresses))
+
+
+async def _addresses(node: DHTNode) -> list[str]:
+    with contextlib.suppress(ValueError):  # it listens nowhere
+        return [str(address) for address in await node.get_visible_maddrs(latest=True)]
+    return []
+
+
+def peers_line(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> str:
+    """The one line to copy to join this swarm: ``--initial_peers /ip4/.../p2p/...``; empty in client mode.
+
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    addresses = visible_addresses(dht, timeout_s)
+    return f"--initial_peers {' '.join(addresses)}" if addresses else ""
+
+
+def resolve_p2p(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> str:
+    """Address of the DHT's libp2p daemon, for ``P2P.replicate`` in an event loop of one's own. (hivemind's
+    ``dht.replicate_p2p`` hands every event loop the same replica.)
+
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    return call(dht, "asking for its libp2p daemon", _p2p_socket, timeout_s=timeout_s)
+
+
+async def _p2p_socket(node: DHTNode) -> str:
+    return str(node.p2p.daemon_listen_maddr)

@@ -1,0 +1,256 @@
+"""How settings become a server's parts. Owns: hivemind's ``Server.create`` parameters, their checks, and choosing uids.
+
+Everything is checked before the first process starts; what fails later stops what was started. Must not know: how parts run.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moe.config import HandlerConfig, PoolConfig, ServerConfig, replace_known
+from moe.dht import DHT, find_experts, start_dht, stop_dht
+from moe.errors import ConfigError
+from moe.expert_uid import UID_DELIMITER, UID_PATTERN, UidPattern, is_valid_uid
+from moe.schema import Compression
+from moe.server.checkpoints import find_checkpointed_uids, load_experts
+from moe.server.expert_backend import ExpertBackend
+from moe.server.layers import (
+    add_custom_models_from_file,
+    build_expert,
+    expert_schema,
+    schedule_name_to_scheduler,
+)
+from moe.server.optim import ClippingWrapper
+from moe.wire.tensors import check_codec_available
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS_PER_EXPERT = 10  # hivemind's: uids sampled per uid wanted, before giving up
+_ENUMERATE_UP_TO = 4096  # patterns with fewer uids are searched completely instead of sampled
+
+
+class ServerParts(NamedTuple):
+    """What ``Server`` is made of."""
+
+    dht: DHT
+    backends: dict[str, ExpertBackend]
+    server_options: dict[str, Any]
+
+
+def assemble(
+    num_experts: int | None = None,
+    expert_uids: Sequence[str] | None = None,
+    expert_pattern: str | None = None,
+    expert_cls: str = "ffn",
+    hidden_dim: int = 1024,
+    optim_cls: Callable[..., Any] | None = torch.optim.Adam,
+    scheduler: str = "none",
+    num_warmup_steps: int | None = None,
+    num_training_steps: int | None = None,
+    clip_grad_norm: float | None = None,
+    num_handlers: int | None = None,
+    min_batch_size: int = 1,
+    max_batch_size: int = 4096,
+    device: torch.device | str | None = None,
+    initial_peers: Sequence[Any] = (),
+    checkpoint_dir: str | Path | None = None,
+    compression: int = Compression.NONE,
+    stats_report_interval: float | None = None,
+    custom_module_path: str | Path | None = None,
+    update_period: float = 30,
+    expiration: float | None = None,
+    *,
+    accumulate_steps: int = 1,
+    checkpoint_period_s: float | None = None,
+    keep_checkpoints: int | None = None,
+    detect_anomalies: bool = False,
+    request_timeout_s: float | None = None,
+    handler_config: HandlerConfig | None = None,
+    config: ServerConfig | None = None,
+    authorize: Callable[[str, str, str], bool] | None = None,
+    **dht_options: Any,
+) -> ServerParts:
+    """Experts of one class, a DHT node, and the options of the Server that hosts them.
+
+    :param num_experts: host this many experts, with uids from the checkpoint directory, then from ``expert_pattern``
+    :param expert_uids: host experts with exactly these uids; give either this or ``num_experts``
+    :param expert_pattern: such as ``ffn.[0:32].[0:256]``: uids are sampled from it, avoiding those in use
+    :param expert_cls: registered name, such as "ffn"
+    :param hidden_dim: main dimension of the experts
+    :param optim_cls: called with the parameters of each expert; None: experts never change
+    :param scheduler: name of a learning-rate schedule
+    :param num_warmup_steps: of the schedule
+    :param num_training_steps: of the schedule
+    :param clip_grad_norm: clip gradients to this global norm before each step
+    :param num_handlers: accepted for hivemind's sake; one network thread serves all requests
+    :param min_batch_size: rows a batch waits for, briefly
+    :param max_batch_size: rows in one batch
+    :param device: default: cuda if there is one, else cpu
+    :param initial_peers: multiaddrs of peers of the swarm to join; none: a new swarm
+    :param checkpoint_dir: save and load experts there
+    :param compression: codec of all floating-point inputs, outputs and gradients
+    :param stats_report_interval: seconds between reports of served rows
+    :param custom_module_path: a file that registers expert classes
+    :param update_period: seconds between announcements
+    :param expiration: seconds an announcement lives
+    :param dht_options: forwarded to hivemind's DHT and P2P
+    :raises ConfigError: wrong or contradicting settings; nothing was started
+    :raises LifecycleError: the DHT node could not start
+    """
+    if isinstance(expert_uids, str):
+        raise ConfigError(f"expert_uids is a list of uids, got the string {expert_uids!r}")
+    exact = expert_pattern is None and num_experts is None and expert_uids is not None
+    generated = num_experts is not None and expert_uids is None
+    if not exact and not generated:
+        raise ConfigError(
+            "Please provide either expert_uids *or* num_experts (possibly with expert_pattern), but not both"
+        )
+    for uid in expert_uids or ():
+        if not is_valid_uid(uid):
+            raise ConfigError(f"{uid!r} is not a valid expert uid; uids follow {UID_PATTERN.pattern}")
+    pattern = UidPattern(expert_pattern) if expert_pattern is not None else None
+    PoolConfig(min_batch_size=min_batch_size, max_batch_size=max_batch_size)
+    handler_config = replace_known(
+        handler_config or HandlerConfig(),
+        request_timeout_s=request_timeout_s,
+        detect_anomalies=detect_anomalies or None,
+    )
+    server_config = replace_known(
+        config or ServerConfig(),
+        update_period_s=update_period,
+        expiration_s=expiration,
+        stats_report_interval_s=stats_report_interval,
+        checkpoint_period_s=checkpoint_period_s,
+        keep_checkpoints=keep_checkpoints,
+    )
+    check_codec_available(compression)
+    if custom_module_path is not None:
+        add_custom_models_from_file(custom_module_path)
+    schema = expert_schema(expert_cls, hidden_dim, compression)
+    if optim_cls is None and (scheduler != "none" or clip_grad_norm is not None):
+        raise ConfigError("scheduler and clip_grad_norm need an optimizer")
+    if scheduler not in schedule_name_to_scheduler:
+        raise ConfigError(f"unknown scheduler {scheduler!r}; known: {', '.join(sorted(schedule_name_to_scheduler))}")
+    checkpoint_path = None
+    uids = list(expert_uids or ())
+    if checkpoint_dir is not None:
+        checkpoint_path = Path(checkpoint_dir)
+        checkpoint_path.mkdir(parents=True, exist_ok=True)
+        if generated:
+            uids = _saved_uids(checkpoint_path, num_experts or 0)
+    make = partial(
+        _make_backend,
+        expert_cls=expert_cls,
+        hidden_dim=hidden_dim,
+        schema=schema,
+        optim_cls=optim_cls,
+        scheduler=scheduler,
+        schedule=dict(num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps),
+        clip_grad_norm=clip_grad_norm,
+        options=dict(
+            min_batch_size=min_batch_size,
+            max_batch_size=max_batch_size,
+            accumulate_steps=accumulate_steps,
+            detect_anomalies=detect_anomalies,
+        ),
+    )
+    make("check.0")  # everything that can be wrong with the module, optimizer and schedule shows here
+
+    dht = start_dht(initial_peers, start_timeout_s=server_config.start_timeout_s, **dht_options)
+    try:
+        if generated and len(uids) < (num_experts or 0):
+            uids += generate_uids((num_experts or 0) - len(uids), pattern, dht, taken=set(uids))
+        backends = {uid: make(uid) for uid in uids}
+        if checkpoint_path is not None:
+            load_experts(backends, checkpoint_path)
+    except BaseException:
+        stop_dht(dht)
+        raise
+    options = dict(
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        checkpoint_dir=checkpoint_path,
+        handler_config=handler_config,
+        config=server_config,
+        authorize=authorize,
+    )
+    return ServerParts(dht, backends, options)
+
+
+def _make_backend(
+    uid: str,
+    *,
+    expert_cls: str,
+    hidden_dim: int,
+    schema: dict[str, Any],
+    optim_cls: Callable[..., Any] | None,
+    scheduler: str,
+    schedule: dict[str, Any],
+    clip_grad_norm: float | None,
+    options: dict[str, Any],
+) -> ExpertBackend:
+    module = build_expert(expert_cls, hidden_dim)
+    optimizer = optim_cls(module.parameters()) if optim_cls is not None else None
+    make_scheduler = schedule_name_to_scheduler[scheduler]
+    lr_scheduler = None if make_scheduler is None else make_scheduler(optimizer, **schedule)
+    if clip_grad_norm is not None:
+        optimizer = ClippingWrapper(optimizer, clip_grad_norm)
+    return ExpertBackend(uid, module, optimizer, scheduler=lr_scheduler, **schema, **options)
+
+
+def _saved_uids(checkpoint_dir: Path, num_experts: int) -> list[str]:
+    uids = find_checkpointed_uids(checkpoint_dir)
+    if uids:
+        logger.info("found checkpoints of %d experts: %s", len(uids), ", ".join(uids))
+    if len(uids) > num_experts:
+        raise ConfigError(
+            f"Found {len(uids)} checkpoints, but num_experts is set to {num_experts}, which is smaller. Either increase "
+            f"num_experts or remove unneeded checkpoints."
+        )
+    return uids
+
+
+def generate_uids(
+    num_experts: int, pattern: UidPattern | None, dht: DHT, taken: set[str], rng: random.Random | None = None
+) -> list[str]:
+    """Uids that no live server hosts: ``expert.0``, ``expert.1``, ... or drawn at random from a pattern.
+
+    Two servers that do this at the very same moment may draw the same uid. Fewer than asked for is only warned about.
+    """
+    rng = rng or random.Random()
+    found: list[str] = []
+    tried = set(taken)
+    left = ATTEMPTS_PER_EXPERT * num_experts
+    candidates = _candidates(pattern, rng, num_experts)
+    while len(found) < num_experts and left > 0:
+        batch: list[str] = []
+        for uid in candidates:
+            left -= 1
+            if uid not in tried:
+                tried.add(uid)
+                batch.append(uid)
+            if len(batch) >= num_experts - len(found) or left <= 0:
+                break
+        if not batch:
+            break
+        used = {expert.uid for expert in find_experts(dht, batch) if expert is not None}
+        found += [uid for uid in batch if uid not in used]
+    if len(found) < num_experts:
+        logger.warning("found only %d free expert uids of the %d asked for", len(found), num_experts)
+    return found
+
+
+def _candidates(pattern: UidPattern | None, rng: random.Random, num_experts: int) -> Any:
+    if pattern is None:
+        return iter(f"expert{UID_DELIMITER}{i}" for i in range(ATTEMPTS_PER_EXPERT * num_experts))
+    if len(pattern) <= max(_ENUMERATE_UP_TO, num_experts):
+        uids = list(pattern)
+        rng.shuffle(uids)
+        return iter(uids)
+    return (pattern.sample(rng) for _ in range(ATTEMPTS_PER_EXPERT * num_experts))

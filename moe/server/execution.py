@@ -1,0 +1,91 @@
+"""Running a batch so that one bad task cannot hurt the others. Owns: isolation, out-of-memory halving, error texts.
+
+Decides nothing about the device or the module: ``compute`` does the work for a list of tasks, all or nothing. A batch that
+fails is halved until only the offenders are left (2 log n launches for one of n, instead of n); a single task that runs out
+of memory is halved by rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moe.errors import ExpertFailed, MoEError
+from moe.schema import select_rows
+from moe.server.task_pool import Task, TaskResult
+
+logger = logging.getLogger(__name__)
+
+Outcome = TaskResult | BaseException
+Compute = Callable[[list[Task]], list[TaskResult]]
+Join = Callable[[Task, Sequence[TaskResult]], TaskResult]
+
+MAX_ERROR_CHARS = 1000  # of a module's own error message
+
+
+def run_isolated(tasks: list[Task], compute: Compute, join: Join | None = None) -> list[Outcome]:
+    """Compute a batch; only tasks that fail on their own get an error.
+
+    :param compute: returns one result per task; when it raises, it must have had no effect
+    :param join: puts the results of a task's row ranges together; None if its tasks cannot be split by rows
+    :returns: one result or error per task, in order
+    """
+    try:
+        results = compute(tasks)
+        assert len(results) == len(tasks)
+        return list(results)
+    except BaseException as e:  # a module may raise anything, SystemExit included
+        error = e
+    if is_out_of_memory(error) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(tasks) > 1:
+        middle = len(tasks) // 2
+        return run_isolated(tasks[:middle], compute, join) + run_isolated(tasks[middle:], compute, join)
+    if is_out_of_memory(error) and join is not None and tasks[0].rows > 1:
+        return [_run_halves(tasks[0], compute, join)]
+    logger.debug("a task failed", exc_info=error)
+    return [as_expert_failure(error)]
+
+
+def _run_halves(task: Task, compute: Compute, join: Join) -> Outcome:
+    middle = task.rows // 2
+    halves = [_rows_of(task, 0, middle), _rows_of(task, middle, task.rows)]
+    outcomes = [outcome for half in halves for outcome in run_isolated([half], compute, join)]
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            return outcome
+    return join(task, [outcome for outcome in outcomes if not isinstance(outcome, BaseException)])
+
+
+def _rows_of(task: Task, start: int, stop: int) -> Task:
+    return Task(
+        task.operation,
+        task.present,
+        task.entries,
+        select_rows(task.entries, task.tensors, start, stop),
+        stop - start,
+        task.group,
+        task.lane,
+        task.wants_grad,
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the ways torch says that memory ran out, on any device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def as_expert_failure(error: BaseException) -> MoEError:
+    """What the caller is told: our own errors as they are, a module's by type and message, without a traceback."""
+    if isinstance(error, MoEError):
+        return error
+    try:
+        text = str(error)
+    except Exception:  # an exception whose __str__ raises
+        text = "(its message cannot be shown)"
+    failure = ExpertFailed(f"{type(error).__name__}: {text[:MAX_ERROR_CHARS]}")
+    return failure

@@ -1,0 +1,204 @@
+"""Runtime: the device loop, the one owner of the accelerator. Owns: the thread that runs batches, and its health.
+
+Takes the most urgent ready batch of all pools, moves it to the device (with ``prefetch_batches``, while the one before is
+computed: prefetch_generator), lets the pool process it. Must not know: what a batch computes, or where requests come from.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from prefetch_generator import BackgroundGenerator  # type: ignore[import-untyped]
+
+from moe.errors import LifecycleError, Unavailable
+from moe.server.task_pool import Task, TaskPool
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[TaskPool, list[Task]]
+BatchHook = Callable[[TaskPool, list[Task]], None]
+
+
+class HasPools(Protocol):
+    """What Runtime needs of a backend."""
+
+    def get_pools(self) -> tuple[TaskPool, ...]:
+        """Pools to serve."""
+        ...
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to a device."""
+        ...
+
+
+class Runtime:
+    """Runs the batches of all pools on one device, in one thread.
+
+    :param backends: by uid; their pools are served, each once
+    :param device: backends and batches are moved there; None: they stay where they are
+    :param prefetch_batches: batches moved to the device ahead of time; None: 1 on an accelerator, 0 on CPU, where moving
+        is free and every batch taken early is a batch that can no longer grow
+    :param on_batch: called in the loop before each batch; what it raises ends the Runtime (for fault injection)
+    :param clock: monotonic seconds
+
+    >>> runtime = Runtime(backends, device="cpu")
+    >>> runtime.start()
+    >>> runtime.shutdown()
+    """
+
+    def __init__(
+        self,
+        backends: Mapping[str, HasPools],
+        *,
+        device: torch.device | str | None = None,
+        prefetch_batches: int | None = None,
+        on_batch: BatchHook | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.backends = backends
+        self.device = torch.device(device) if device is not None else None
+        on_accelerator = self.device is not None and self.device.type != "cpu"
+        self.prefetch_batches = int(on_accelerator) if prefetch_batches is None else prefetch_batches
+        self.pools = tuple(dict.fromkeys(pool for backend in backends.values() for pool in backend.get_pools()))
+        self.ready = threading.Event()
+        self.failure: BaseException | None = None
+        self._on_batch = on_batch
+        self._clock = clock
+        self._wake = threading.Condition()
+        self._submissions = 0
+        self._active: dict[TaskPool, None] = {}  # pools that may have waiting tasks, in order of their first submission
+        self._stopping = False
+        self._busy_since = math.inf
+        self._thread: threading.Thread | None = None
+        self._on_failure: Callable[[BaseException], None] | None = None
+
+    def __repr__(self) -> str:
+        state = "failed" if self.failure else "running" if self.is_alive() else "not running"
+        return f"Runtime({len(self.backends)} backends on {self.device or 'their own devices'}, {state})"
+
+    def start(self, on_failure: Callable[[BaseException], None] | None = None) -> None:
+        """Move backends to the device and begin to serve.
+
+        :param on_failure: called once, in the Runtime thread, if it ends without having been asked to
+        :raises LifecycleError: if it was started before
+        """
+        if self._thread is not None:
+            raise LifecycleError("this Runtime was started before; make a new one")
+        self._on_failure = on_failure
+        if self.device is not None:
+            for backend in self.backends.values():
+                backend.to(self.device)
+        for pool in self.pools:
+            pool.attach(self._notify)
+            self._notify(pool)  # it may hold tasks already
+        self._thread = threading.Thread(target=self._run, name="moe-runtime", daemon=True)
+        self._thread.start()
+        self.ready.set()
+
+    def is_alive(self) -> bool:
+        """True while the loop runs."""
+        return self._thread is not None and self._thread.is_alive() and self.failure is None
+
+    def busy_s(self) -> float:
+        """How long the batch at hand has been running; 0 if none is."""
+        return max(0.0, self._clock() - self._busy_since)
+
+    def shutdown(self, timeout_s: float = 5.0) -> bool:
+        """Finish the batch at hand, fail all waiting tasks, end the thread. May be called more than once.
+
+        :returns: False if a batch was still running after ``timeout_s``
+        """
+        self.ready.clear()
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        for pool in self.pools:
+            pool.close(Unavailable("the server is stopping"))
+        if self._thread is None or self._thread is threading.current_thread():
+            return True
+        self._thread.join(timeout_s)
+        for pool in self.pools:
+            pool.detach()
+        return not self._thread.is_alive()
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def _notify(self, pool: TaskPool) -> None:
+        with self._wake:
+            self._submissions += 1
+            self._active[pool] = None
+            self._wake.notify_all()
+
+    def _run(self) -> None:
+        batches: Any = self._batches()
+        if self.prefetch_batches:
+            batches = BackgroundGenerator(batches, max_prefetch=self.prefetch_batches)
+        pool, batch = None, []
+        try:
+            for pool, batch in batches:
+                if self._on_batch is not None:
+                    self._on_batch(pool, batch)
+                self._busy_since = self._clock()
+                pool.process(batch)
+                self._busy_since = math.inf
+                pool, batch = None, []
+        except BaseException as e:
+            self._fail(e, batch)
+        finally:
+            self._busy_since = math.inf
+
+    def _fail(self, error: BaseException, batch: list[Task]) -> None:
+        """The loop itself broke: nobody who waits may go on waiting."""
+        self.failure = error
+        self.ready.clear()
+        logger.critical("the Runtime has died", exc_info=error)
+        with self._wake:
+            self._stopping = True
+        gone = Unavailable(f"the Runtime of this server has died ({type(error).__name__})")
+        for task in batch:
+            if not task.future.done():
+                task.future.set_exception(gone)
+        for pool in self.pools:
+            pool.close(gone)
+        if self._on_failure is not None:
+            self._on_failure(error)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches in order of urgency, on the device, until shutdown."""
+        while True:
+            batch = self._next_batch()
+            if batch is None:
+                return
+            pool, tasks = batch
+            if self.device is not None and self.device.type != "cpu":
+                for task in tasks:
+                    task.tensors = [tensor.to(self.device, non_blocking=True) for tensor in task.tensors]
+            yield batch
+
+    def _next_batch(self) -> Batch | None:
+        while True:
+            with self._wake:
+                seen = self._submissions
+                if self._stopping:
+                    return None
+                for pool in [pool for pool in self._active if pool.empty]:
+                    del self._active[pool]  # under the lock: a submission that comes now puts it back
+                pools = list(self._active)
+            now = self._clock()
+            ranks = [(rank, i) for i, pool in enumerate(pools) if (rank := pool.most_urgent(now)) is not None]
+            if ranks:
+                pool = pools[min(ranks)[1]]
+                tasks = pool.load_batch(now)
+                if tasks:
+                    return pool, tasks
+                continue
+            wait_s = min((pool.next_event(now) for pool in pools), default=math.inf) - now
+            with self._wake:
+                if self._submissions == seen and not self._stopping:
+                    self._wake.wait(None if wait_s == math.inf else max(0.0, wait_s))

@@ -1,0 +1,343 @@
+"""Server: starts the parts in order, watches them, stops them in reverse. Nothing else.
+
+Parts: DHT node -> Runtime -> network thread with the ConnectionHandler behind libp2p -> checkpoints -> announcements. Must not
+know: what any of them does inside. How settings become parts is ``moe.server.assembly``'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.config import HandlerConfig, ServerConfig, replace_known
+from moe.dht import DHT, Announcer, ServerInfo, resolve_p2p, stop_dht
+from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
+from moe.server.assembly import ServerParts, assemble
+from moe.server.checkpoints import CheckpointSaver
+from moe.server.connection_handler import Authorizer, ConnectionHandler
+from moe.server.expert_backend import ExpertBackend
+from moe.server.runtime import BatchHook, Runtime
+from moe.server.stats import ExpertStatistics, ServerStatistics, served_rates
+from moe.transport.event_loop import EventLoopThread
+from moe.transport.libp2p import LibP2PServer
+from moe.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_WATCH_PERIOD_S = 0.25  # how often a running server looks after its parts
+
+
+class Server:
+    """Hosts experts for other peers.
+
+    Has the methods of hivemind's Server (which was a thread): ``run``, ``run_in_background``, ``ready``, ``shutdown``,
+    ``join``, ``is_alive``.
+
+    :param dht: a DHT node; the server shuts it down with itself, as hivemind's does
+    :param expert_backends: experts by uid
+    :param num_connection_handlers: accepted for hivemind's sake; one network thread serves all requests
+    :param update_period: seconds between announcements
+    :param expiration: seconds an announcement lives; default twice the period
+    :param start: start now, and return when requests can be served
+    :param checkpoint_dir: save experts there
+    :param module_backends: hivemind's name of ``expert_backends``
+    :param device: where experts compute; None: where they are
+    :param prefetch_batches: see Runtime
+    :param stats_report_interval: seconds between log lines of served rows
+    :param handler_config: what is accepted from the network
+    :param config: periods and timeouts; single settings above win over it
+    :param authorize: see ConnectionHandler
+    :param on_batch: see Runtime; for fault injection
+    """
+
+    def __init__(
+        self,
+        dht: DHT,
+        expert_backends: Mapping[str, ExpertBackend] | None = None,
+        num_connection_handlers: int = 1,
+        update_period: float | None = None,
+        expiration: float | None = None,
+        start: bool = False,
+        checkpoint_dir: str | Path | None = None,
+        *,
+        module_backends: Mapping[str, ExpertBackend] | None = None,
+        device: torch.device | str | None = None,
+        prefetch_batches: int | None = None,
+        sender_threads: int = 1,
+        stats_report_interval: float | None = None,
+        handler_config: HandlerConfig | None = None,
+        config: ServerConfig | None = None,
+        authorize: Authorizer | None = None,
+        on_batch: BatchHook | None = None,
+    ):
+        backends = expert_backends if expert_backends is not None else module_backends
+        if backends is None or (expert_backends is not None and module_backends is not None):
+            raise ConfigError("a Server takes the experts it hosts, once: expert_backends={uid: backend}")
+        self.config: ServerConfig = replace_known(
+            config or ServerConfig(),
+            update_period_s=update_period,
+            expiration_s=expiration,
+            stats_report_interval_s=stats_report_interval,
+        )
+        self.dht, self.expert_backends = dht, dict(backends)
+        self.runtime = Runtime(
+            self.expert_backends, device=device, prefetch_batches=prefetch_batches, on_batch=on_batch
+        )
+        self.handler = ConnectionHandler(self.expert_backends, handler_config, authorize=authorize)
+        self.checkpoint_saver = (
+            None
+            if checkpoint_dir is None
+            else CheckpointSaver(
+                self.expert_backends, checkpoint_dir, self.config.checkpoint_period_s, self.config.keep_checkpoints
+            )
+        )
+        self.ready = threading.Event()
+        self.failure: BaseException | None = None
+        self._stop_requested = threading.Event()
+        self._stopped = threading.Event()
+        self._lifecycle = threading.Lock()
+        self._undo: list[tuple[str, Callable[[], object]]] = []  # how to stop what was started, in order of the start
+        self._watcher: threading.Thread | None = None
+        self._started_at = 0.0
+        self._rows_per_s = 0.0
+        if start:
+            self.run_in_background(await_ready=True)
+
+    @classmethod
+    def create(cls, *args: Any, start: bool, **kwargs: Any) -> Server:
+        """Make a server with several experts of one class; see ``moe.server.assembly.assemble`` for the parameters."""
+        parts: ServerParts = assemble(*args, **kwargs)
+        try:
+            return cls(parts.dht, parts.backends, start=start, **parts.server_options)
+        except BaseException:
+            stop_dht(parts.dht)
+            raise
+
+    @property
+    def module_backends(self) -> dict[str, ExpertBackend]:
+        """hivemind's name of ``expert_backends``."""
+        return self.expert_backends
+
+    def __repr__(self) -> str:
+        state = "failed" if self.failure else "ready" if self.ready.is_set() else "not serving"
+        return f"Server({len(self.expert_backends)} experts, {state})"
+
+    # --- start -----------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Start in this thread and serve until shutdown is called from another."""
+        self._start()
+        self.join()
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        """Start, and go on serving in background threads.
+
+        :param await_ready: return when requests can be served and the experts are announced
+        :param timeout: seconds for that; default ``config.start_timeout_s``
+        :raises LifecycleError: a part could not start; says which
+        :raises TimeoutError: not ready in time
+        """
+        if await_ready and timeout is None:
+            return self._start()
+        thread = threading.Thread(target=self._start_logged, name="moe-server-start", daemon=True)
+        thread.start()
+        if await_ready:
+            thread.join(timeout)
+            if not self.ready.is_set():
+                if self.failure is not None:
+                    raise self.failure
+                raise TimeoutError(f"Server didn't notify .ready in {timeout} seconds")
+
+    start = run_in_background
+
+    def _start_logged(self) -> None:
+        try:
+            self._start()
+        except Exception as e:
+            self.failure = self.failure or e
+            logger.error("the server could not start: %s", e)
+
+    def _start(self) -> None:
+        with self._lifecycle:
+            if self._undo or self._stopped.is_set():
+                raise LifecycleError("a Server can be started once; make a new one")
+            self._started_at = time.time()
+            begin = time.monotonic()
+            try:
+                for stage, start_part in (
+                    ("the DHT node", self._start_dht),
+                    ("the Runtime", self._start_runtime),
+                    ("the network", self._start_network),
+                    ("checkpoints", self._start_checkpoints),
+                    ("announcing the experts", self._start_announcing),
+                ):
+                    start_part()
+                    logger.debug("started %s after %.2f s", stage, time.monotonic() - begin)
+            except BaseException as e:
+                self._stop_parts()
+                self._stopped.set()
+                if isinstance(e, MoEError) or not isinstance(e, Exception):
+                    raise
+                raise LifecycleError(f"the server could not start {stage}: {e!r}") from e
+            self._watcher = threading.Thread(target=self._watch, name="moe-server", daemon=True)
+            self._watcher.start()
+            self.ready.set()
+
+    def _start_dht(self) -> None:
+        if not self.dht.is_alive():
+            self.dht.run_in_background(await_ready=False)
+            self.dht.wait_until_ready(self.config.start_timeout_s)
+        self._undo.append(("the DHT node", lambda: stop_dht(self.dht)))
+
+    def _start_runtime(self) -> None:
+        self._undo.append(("the Runtime", lambda: self.runtime.shutdown(self.config.shutdown_timeout_s / 2)))
+        self.runtime.start(on_failure=lambda error: self._stop_requested.set())
+
+    def _start_network(self) -> None:
+        daemon_maddr = resolve_p2p(self.dht, self.config.start_timeout_s)
+        loop = EventLoopThread("moe-server-loop")
+        self._undo.append(("the network thread", loop.stop))
+        transport = LibP2PServer(str(daemon_maddr), self.handler)
+        loop.run(transport.start(), self.config.start_timeout_s)
+        self._undo.append(("the network", lambda: loop.run(transport.stop(), self.config.shutdown_timeout_s)))
+
+    def _start_checkpoints(self) -> None:
+        if self.checkpoint_saver is not None:
+            saver = self.checkpoint_saver
+            self._undo.append(("checkpoints", lambda: saver.stop(self.config.shutdown_timeout_s, save=True)))
+            saver.start()
+
+    def _start_announcing(self) -> None:
+        if not self.expert_backends:
+            return
+        announcer = Announcer(
+            self.dht,
+            list(self.expert_backends),
+            self._announcement,
+            self.config.update_period_s,
+            self.config.announce_expiration_s,
+        )
+        announcer.start()
+        self._undo.append(("announcements", lambda: announcer.stop(retract=True, timeout_s=3.0)))
+
+    def _announcement(self) -> ServerInfo:
+        first = next(iter(self.expert_backends.values()))
+        parameter = next(first.module.parameters(), None)
+        return ServerInfo(
+            version=__version__,
+            dtype="" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+            device="cpu" if parameter is None else str(parameter.device),
+            throughput_rows_per_s=self._rows_per_s,
+            pending_tasks=self.statistics().total.pending,
+            started_at=self._started_at,
+        )
+
+    # --- while it runs -----------------------------------------------------------------------------------------------------
+
+    def is_alive(self) -> bool:
+        """True between start and the end of shutdown."""
+        return self._watcher is not None and not self._stopped.is_set()
+
+    def is_healthy(self) -> bool:
+        """True if requests are being served: the Runtime lives and is not stuck in a batch."""
+        return self.ready.is_set() and self._problem() is None
+
+    def statistics(self) -> ServerStatistics:
+        """What was served so far, by expert."""
+        experts = {}
+        for uid, backend in self.expert_backends.items():
+            forward, backward = backend.forward_pool.statistics(), backend.backward_pool.statistics()
+            experts[uid] = ExpertStatistics(
+                forward_rows=forward.rows,
+                backward_rows=backward.rows,
+                forward_batches=forward.batches,
+                backward_batches=backward.batches,
+                pending=forward.pending + backward.pending,
+                failed=forward.failed + backward.failed,
+            )
+        return ServerStatistics(experts=experts)
+
+    def _problem(self) -> MoEError | None:
+        if self.runtime.failure is not None:
+            return LifecycleError(f"the Runtime has died: {self.runtime.failure!r}")
+        limit_s = self.config.stuck_after_s
+        if limit_s is not None and self.runtime.busy_s() > limit_s:
+            return LifecycleError(f"a batch has been running for {self.runtime.busy_s():.0f} s: the Runtime is stuck")
+        if not self.dht.is_alive():
+            return LifecycleError("the DHT process has died")
+        return None
+
+    def _watch(self) -> None:
+        """Until asked to stop, or a part fails: then stop everything, so that nobody goes on calling a dead server."""
+        before, measured_at = self.statistics(), time.monotonic()
+        interval_s = self.config.stats_report_interval_s or self.config.update_period_s
+        while not self._stop_requested.wait(_WATCH_PERIOD_S):
+            self.failure = self._problem()
+            if self.failure is not None:
+                break
+            elapsed_s = time.monotonic() - measured_at
+            if elapsed_s >= interval_s:
+                now = self.statistics()
+                rates = served_rates(before, now, elapsed_s)
+                self._rows_per_s = rates.total.rows_per_s
+                if self.config.stats_report_interval_s is not None:
+                    logger.info(
+                        "served %.1f rows/s in batches of %.1f rows",
+                        rates.total.rows_per_s,
+                        rates.total.mean_batch_rows,
+                    )
+                before, measured_at = now, time.monotonic()
+        self.failure = self.failure or self._problem()
+        if self.failure is not None:
+            logger.critical("the server stops: %s", self.failure)
+            for pool in self.runtime.pools:
+                pool.close(Unavailable(str(self.failure)))
+        self.ready.clear()
+        self._stop_parts()
+        self._stopped.set()
+
+    # --- stop ----------------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Stop serving: take back the announcements, finish the batch at hand, save, end all threads and processes.
+
+        Returns when that is done; may be called more than once, and before or after a failure.
+        """
+        self.ready.clear()
+        self._stop_requested.set()
+        watcher = self._watcher
+        if watcher is None:
+            with self._lifecycle:
+                self._stop_parts()
+                self._stopped.set()
+                if self.dht.is_alive():
+                    stop_dht(self.dht)
+        elif watcher is not threading.current_thread():
+            watcher.join(self.config.shutdown_timeout_s + 5.0)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the server has stopped."""
+        self._stopped.wait(timeout)
+        if self._watcher is not None and self._stopped.is_set():
+            self._watcher.join(timeout)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the server has stopped or failed.
+
+        :returns: False after ``timeout`` seconds without either
+        """
+        return self._stopped.wait(timeout)
+
+    def _stop_parts(self) -> None:
+        while self._undo:
+            name, stop = self._undo.pop()
+            try:
+                stop()
+            except Exception as e:  # one part that will not stop must not keep the others running
+                logger.warning("could not stop %s cleanly: %r", name, e)

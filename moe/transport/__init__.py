@@ -1,0 +1,1 @@
+"""How calls travel. The only code that opens connections."""

@@ -1,0 +1,149 @@
+"""The seam between those who call or serve experts and the bytes in between. Owns: the two protocols and what they pass.
+
+A transport carries one call to one peer and brings back one reply, or raises one of ``moe.errors``. It retries nothing and
+chooses nobody. ``moe.transport.memory`` is the double for tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from moe.errors import CallTimeout
+from moe.expert_uid import PeerIDLike
+from moe.schema import Compression
+from moe.wire.messages import ExpertDescription, ReplyHeader, RequestHeader
+
+T = TypeVar("T")
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request for one expert.
+
+    :ivar method: FORWARD or BACKWARD
+    :ivar uid: the expert, or a chain of them
+    :ivar header: what a native peer is told; None for a stock peer
+    :ivar tensors: flat, on CPU
+    :ivar codecs: one per tensor
+    :ivar reply_bytes: about how large the reply will be, to choose between a unary and a streamed call
+    """
+
+    method: str
+    uid: str
+    header: RequestHeader | None
+    tensors: Sequence[torch.Tensor]
+    codecs: Sequence[int]
+    reply_bytes: int = 0
+
+    @property
+    def request_bytes(self) -> int:
+        """Size of the tensors, uncompressed."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: tensors on CPU, and a header from native peers. Errors are raised, never returned.
+
+    :ivar codecs: one per tensor; how a server wants them to travel
+    """
+
+    header: ReplyHeader | None
+    tensors: Sequence[torch.Tensor]
+    codecs: Sequence[int] = ()
+
+
+class ExpertTransport(Protocol):
+    """The client's side. All methods run in the client's event loop."""
+
+    async def info(self, peer: PeerIDLike, uid: str, *, timeout_s: float | None) -> ExpertDescription:
+        """What an expert takes and returns."""
+        ...
+
+    async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
+        """Carry one call; cancelling it tells the server that nobody waits any more."""
+        ...
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        ...
+
+
+class Admission(Protocol):
+    """A request that a server is willing to receive, before any of its tensors has been.
+
+    It is also the gate its tensors pass: see ``TensorGate`` in moe.wire.hivemind_dialect.
+    """
+
+    def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
+        """Most bytes this tensor may have on the wire; raises if its declaration alone is wrong."""
+        ...
+
+    async def run(self, tensors: Sequence[torch.Tensor]) -> Reply:
+        """Serve the request. Cancelling withdraws it."""
+        ...
+
+    def release(self) -> None:
+        """Give back what the admission holds. Called exactly once, whatever happens."""
+        ...
+
+
+class ExpertService(Protocol):
+    """The server's side: what a transport hands requests to. All methods run in the server's event loop."""
+
+    read_timeout_s: float
+
+    def describe(self, uid: str) -> ExpertDescription:
+        """What an expert takes and returns.
+
+        :raises ExpertNotFound: no such expert
+        """
+        ...
+
+    def open(self, peer: str, method: str, uid: str, header: RequestHeader | None) -> Admission:
+        """Admit a request by its header.
+
+        :raises MoEError: if it is refused
+        """
+        ...
+
+
+async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str, peer: str | None = None) -> T:
+    """Await with a deadline.
+
+    :raises CallTimeout: naming what took too long
+    """
+    try:
+        return await asyncio.wait_for(awaitable, timeout_s)
+    except (asyncio.TimeoutError, TimeoutError) as e:
+        if isinstance(e, CallTimeout):
+            raise
+        raise CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer) from None
+
+
+class Budget:
+    """A time budget shared by several waits."""
+
+    def __init__(self, total_s: float | None):
+        self.total_s = total_s
+        self._deadline = None if total_s is None else time.monotonic() + total_s
+
+    def left_s(self, at_most_s: float | None = None) -> float | None:
+        """Seconds left, not more than ``at_most_s``; None without any limit.
+
+        :raises CallTimeout: if nothing is left
+        """
+        if self._deadline is None:
+            return at_most_s
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise CallTimeout(f"the time budget of {self.total_s:.3g} s is used up")
+        return left if at_most_s is None else min(left, at_most_s)

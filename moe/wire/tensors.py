@@ -1,0 +1,159 @@
+"""Tensor <-> buffer. Owns: the codecs, the size a buffer may have, and refusing buffers that lie about it.
+
+Codec NONE is ours (raw bytes, no copy on the way out, bfloat16 as 2 bytes a value); the lossy ones are hivemind's. Must not
+know: which message a tensor rides in. Nothing here trusts a declared shape: sizes are checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moe.errors import ConfigError, ProtocolError
+from moe.schema import DTYPE_NAMES, DTYPES, Compression
+
+Buffer = bytes | bytearray | memoryview
+
+MAX_DIMENSIONS = 64  # numpy's own limit
+_BLOCKWISE_BLOCK = 4096  # hivemind's _BLOCKWISE_QUANTIZATION_BLOCKSIZE
+
+
+class EncodedTensor(NamedTuple):
+    """A tensor as bytes, with what is needed to restore it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    codec: Compression
+    buffer: Buffer
+
+
+def encode_tensor(tensor: torch.Tensor, codec: int = Compression.NONE) -> EncodedTensor:
+    """Tensor -> bytes. With NONE the buffer shares the tensor's memory (a CPU tensor is not copied).
+
+    Tensors of fewer than two values, which hivemind's codecs cannot take, go uncompressed.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+    codec = Compression(codec)
+    if codec == Compression.NONE or tensor.numel() < 2 or tensor.ndim == 0:
+        return EncodedTensor(dtype, shape, Compression.NONE, _raw_view(tensor))
+    from hivemind.compression import serialize_torch_tensor
+
+    message = serialize_torch_tensor(tensor, codec)
+    return EncodedTensor(dtype, shape, codec, message.buffer)
+
+
+def decode_tensor(encoded: EncodedTensor) -> torch.Tensor:
+    """Bytes -> tensor. A ``bytearray`` becomes the tensor's memory without a copy.
+
+    :raises ProtocolError: if the bytes are not such a tensor
+    """
+    dtype = DTYPES.get(encoded.dtype)
+    if dtype is None:
+        raise ProtocolError(f"tensor of unknown dtype {encoded.dtype[:50]!r}; known: {', '.join(DTYPES)}")
+    numel = count_values(encoded.shape)
+    size_bytes = len(encoded.buffer)
+    if encoded.codec == Compression.NONE:
+        return _decode_raw(encoded, dtype, numel, size_bytes)
+    if size_bytes > max_encoded_bytes(encoded.shape, dtype) or not dtype.is_floating_point:
+        raise ProtocolError(f"{size_bytes} bytes cannot be a {encoded.codec.name} tensor {dtype} {encoded.shape}")
+    try:
+        tensor = _decode_lossy(encoded, dtype)
+    except (ValueError, TypeError, IndexError, RuntimeError, OverflowError) as e:
+        raise ProtocolError(f"malformed {encoded.codec.name} tensor {dtype} {encoded.shape}: {e!r:.200}") from None
+    if tuple(tensor.shape) != tuple(encoded.shape) or tensor.dtype != dtype:
+        raise ProtocolError(f"{encoded.codec.name} tensor decodes to {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.detach()
+
+
+def count_values(shape: Sequence[int]) -> int:
+    """Number of values of a declared shape.
+
+    :raises ProtocolError: if it is no shape a tensor can have
+    """
+    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
+        raise ProtocolError(f"impossible tensor shape {tuple(shape[:MAX_DIMENSIONS])}")
+    numel = math.prod(shape)
+    if numel >= 2**62:
+        raise ProtocolError(f"impossible tensor shape {tuple(shape)}")
+    return numel
+
+
+def max_encoded_bytes(shape: Sequence[int], dtype: torch.dtype, codec: int | None = None) -> int:
+    """Most bytes any codec (or the given one) makes of such a tensor; checked while its chunks arrive.
+
+    Raw: the values (legacy bfloat16 of hivemind: 4 bytes each). Lossy: at most 2 bytes a value plus two float32 per row of
+    the last axis (MEANSTD_16BIT), or a byte a value plus tables.
+    """
+    numel = count_values(shape)
+    raw = numel * (4 if dtype == torch.bfloat16 else dtype.itemsize)
+    if codec == Compression.NONE:
+        return raw
+    lossy = 2 * numel + 8 * (numel // max(1, shape[-1] if len(shape) else 1)) + numel // 1024 + 4096
+    return max(raw, lossy)
+
+
+def check_codec_available(codec: int) -> None:
+    """Fail now rather than in the middle of a request.
+
+    :raises ConfigError: if a codec needs a package that is not installed
+    """
+    if codec == Compression.BLOCKWISE_8BIT:
+        try:
+            import bitsandbytes.functional  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError as e:
+            raise ConfigError(
+                "compression BLOCKWISE_8BIT needs the package bitsandbytes: pip install bitsandbytes"
+            ) from e
+
+
+def _raw_view(tensor: torch.Tensor) -> memoryview:
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _decode_raw(encoded: EncodedTensor, dtype: torch.dtype, numel: int, size_bytes: int) -> torch.Tensor:
+    legacy_bfloat16 = dtype == torch.bfloat16 and size_bytes == 4 * numel
+    if size_bytes != numel * dtype.itemsize and not legacy_bfloat16:
+        raise ProtocolError(
+            f"a tensor {encoded.dtype} {encoded.shape} takes {numel * dtype.itemsize} bytes, got {size_bytes}"
+        )
+    if numel == 0:
+        return torch.empty(encoded.shape, dtype=dtype)
+    buffer = encoded.buffer
+    writable = isinstance(buffer, bytearray) or (isinstance(buffer, memoryview) and not buffer.readonly)
+    owned = buffer if writable else bytearray(buffer)
+    wire_dtype = torch.float32 if legacy_bfloat16 else torch.uint8 if dtype == torch.bool else dtype
+    tensor = torch.frombuffer(owned, dtype=wire_dtype).reshape(encoded.shape)
+    return tensor.ne(0) if dtype == torch.bool else tensor.to(dtype)  # a peer may send bytes other than 0 and 1
+
+
+def _decode_lossy(encoded: EncodedTensor, dtype: torch.dtype) -> torch.Tensor:
+    if encoded.codec in (Compression.FLOAT16, Compression.MEANSTD_16BIT):
+        from hivemind.compression import deserialize_torch_tensor
+        from hivemind.proto import runtime_pb2
+
+        message = runtime_pb2.Tensor(
+            buffer=bytes(encoded.buffer), size=encoded.shape, dtype=encoded.dtype, compression=int(encoded.codec)
+        )
+        return deserialize_torch_tensor(message)
+    # The 8-bit layouts of hivemind/compression/quantization.py, read here: its own reader fails with NumPy 2.4 and later
+    # (int() of a one-element array), and its blockwise reader needs bitsandbytes for a table look-up.
+    raw = np.frombuffer(encoded.buffer, dtype=np.uint8)
+    blockwise = encoded.codec == Compression.BLOCKWISE_8BIT
+    lengths = raw[: 16 if blockwise else 8].view(np.int64).tolist()
+    if any(not 0 <= length <= len(raw) // 4 for length in lengths):
+        raise ValueError(f"table lengths {lengths}")
+    tables_end = 8 * len(lengths) + 4 * sum(lengths)
+    tables = torch.from_numpy(raw[8 * len(lengths) : tables_end].view(np.float32).copy())
+    indices = torch.from_numpy(raw[tables_end:].astype(np.int64))
+    scales, codebook = tables.split([lengths[0], lengths[1]]) if blockwise else (None, tables)
+    values = codebook[indices]
+    if scales is not None:
+        values *= scales.repeat_interleave(_BLOCKWISE_BLOCK)[: len(values)]
+    return values.to(dtype).reshape(encoded.shape)
