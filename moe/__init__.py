@@ -69,7 +69,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["ClientConfig", "HandlerConfig", "ServerConfig", "__version__", *sorted(_HOME_OF)]  # noqa: PLE0604
+__all__ = ["ClientConfig", "HandlerConfig", "ServerConfig", "__version__", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:

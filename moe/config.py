@@ -17,6 +17,7 @@ OPTIMIZERS = ("adam", "sgd", "none")  # hivemind-server --optimizer
 SCHEDULERS = ("constant", "cosine", "linear", "none")  # moe/server/layers/lr_schedule.py
 COMPRESSIONS = ("NONE", "MEANSTD_16BIT", "FLOAT16", "QUANTILE_8BIT", "UNIFORM_8BIT", "BLOCKWISE_8BIT")
 
+TRANSPORTS = ("auto", "unix", "tls", "libp2p")
 DHT_MIN_EXPIRATION_S = 3.0  # hivemind's MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 
@@ -44,6 +45,8 @@ class ClientConfig:
     :param max_backoff_s: longest wait between attempts
     :param max_tokens_per_request: RemoteSequential splits larger batches (rows x length of the first sequence axis)
     :param detect_anomalies: refuse non-finite inputs, outputs and gradients on the client
+    :param transport: how tensors travel: "auto" (direct link where it can be had, else libp2p), "libp2p" (never a direct
+        link), "unix" or "tls" (nothing but a direct link of this kind)
     """
 
     connect_timeout_s: float | None = 5.0
@@ -54,8 +57,11 @@ class ClientConfig:
     max_backoff_s: float = 10.0
     max_tokens_per_request: int = 1024
     detect_anomalies: bool = False
+    transport: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         check_positive(self, "connect_timeout_s", "request_timeout_s", "total_timeout_s")
         check_positive(self, "min_backoff_s", "max_backoff_s", "max_retries", allow_none=False, allow_zero=True)
         check_positive(self, "max_tokens_per_request", allow_none=False)
@@ -127,6 +133,9 @@ class ServerConfig:
     :param checkpoint_period_s: how often experts are saved, if there is a checkpoint directory
     :param keep_checkpoints: newest checkpoints kept per expert
     :param stats_report_interval_s: how often served rows are reported; None: never
+    :param direct: offer the direct link (Unix socket, TLS) next to libp2p
+    :param direct_port: TCP port of the direct link; 0: any free one
+    :param direct_hosts: names or addresses at which other hosts reach the direct link; none: those libp2p announces
     :param stuck_after_s: a batch that runs longer makes the server unhealthy; None: never
     """
 
@@ -138,10 +147,15 @@ class ServerConfig:
     keep_checkpoints: int = 3
     stats_report_interval_s: float | None = None
     stuck_after_s: float | None = 600.0
+    direct: bool = True
+    direct_port: int = 0
+    direct_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive(self, "update_period_s", "start_timeout_s", "shutdown_timeout_s", allow_none=False)
         check_positive(self, "checkpoint_period_s", "keep_checkpoints", allow_none=False)
+        if not 0 <= self.direct_port <= 65535:
+            raise ConfigError(f"direct_port: expected a port from 0 to 65535, got {self.direct_port!r}")
         check_positive(self, "expiration_s", "stats_report_interval_s", "stuck_after_s")
 
     @property

@@ -73,7 +73,7 @@ class TensorProto:
 
     def __init__(
         self,
-        *sizes: int | None | Sequence[int | None],
+        *sizes: int | Sequence[int | None] | None,
         dtype: torch.dtype | None = None,
         compression: int = Compression.NONE,
     ):
@@ -343,11 +343,12 @@ class ExpertSchema:
 
     def with_compression(self, compression: int) -> ExpertSchema:
         """The same schema with another codec for every tensor that can be compressed."""
-        change = functools.partial(
-            optree.tree_map, lambda proto: proto.with_compression(compression), is_leaf=_is_proto, none_is_leaf=True
-        )
+
+        def change(structure: Any) -> Any:
+            return optree.tree_map(lambda proto: proto.with_compression(compression), structure, is_leaf=_is_proto)
+
         outputs = change(self.outputs) if self.outputs is not None else None
-        return ExpertSchema(cast(Any, change(self.args)), cast(Any, change(self.kwargs)), outputs, self.optional)
+        return ExpertSchema(change(self.args), change(self.kwargs), outputs, self.optional)
 
     # --- description as plain data (for rpc_info, checkpoints) -----------------------------------------------------
 
@@ -441,7 +442,7 @@ def digest(tensor: torch.Tensor) -> bytes:
     raw = tensor.detach().contiguous().reshape(-1)
     state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     if raw.numel():
-        state.update(memoryview(raw.view(torch.uint8).numpy()))
+        state.update(raw.view(torch.uint8).numpy().data)
     return state.digest()
 
 
@@ -487,7 +488,7 @@ def split(
     if len(row_counts) == 1:
         return [list(tensors)]
     parts = [
-        tensor.split(list(row_counts)) if entry.proto.batched else (tensor,) * len(row_counts)
+        torch.split(tensor, list(row_counts)) if entry.proto.batched else (tensor,) * len(row_counts)
         for entry, tensor in zip(entries, tensors)
     ]
     return [list(call) for call in zip(*parts)] if parts else [[] for _ in row_counts]
@@ -514,7 +515,7 @@ def _spec(structure: Nested) -> optree.PyTreeSpec:
 
 
 def _leaves(structure: Nested) -> list[Any]:
-    return cast("list[Any]", optree.tree_leaves(structure, is_leaf=_is_proto))
+    return optree.tree_leaves(structure, is_leaf=_is_proto)
 
 
 def _entries(structure: Nested, root: str) -> tuple[Entry, ...]:

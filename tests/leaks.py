@@ -1,8 +1,8 @@
 """What a test leaves behind: child processes, threads, open descriptors. Owns: what is counted and what is allowed.
 
 Some things belong to a process, not to a test, and stay after their first use: hivemind's MPFuture has a thread and a
-pipe, torch a helper process for shared memory, our clients one event loop. They are allowed by name; the descriptors
-they open are allowed once, in the test in which the thread first appears.
+pipe, multiprocessing a thread, torch a helper process for shared memory, our clients one event loop. They are allowed
+by name; the descriptors they open are allowed once, in the test in which the thread first appears.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import psutil
 PATIENCE_S = 5.0  # for what is ending by itself
 ALLOWED_THREADS = re.compile(
     r"hivemind\.utils\.mpfuture\.BACKEND|moe-client-loop"
-    r"|asyncio_\d+|ThreadPoolExecutor-\d+_\d+"  # default pools of event loops and of other packages; ours have own names
+    r"|Thread-\d+ \(_serve\)"  # multiprocessing.resource_sharer, which hands descriptors to other processes
+    r"|asyncio_\d+|ThreadPoolExecutor-\d+_\d+"  # default pools, of event loops and other packages; ours are named
 )
 ALLOWED_CHILDREN = re.compile(r"torch_shm_manager|multiprocessing\.(resource_tracker|forkserver)")
-ALLOWED_DESCRIPTORS = re.compile(r"/dev/u?random|/dev/null|/dev/pts/\d+|/dev/shm/torch_\d+.*")
+ALLOWED_DESCRIPTORS = re.compile(r"/dev/u?random|/dev/null|/dev/pts/\d+|/dev/shm/(torch_|pym-).*")  # shared heaps
 DESCRIPTORS_OF_A_SINGLETON = 24  # an event loop, its sockets to the libp2p daemon, a pipe; measured 3 to 13
 
 

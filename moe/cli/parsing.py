@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import configargparse  # type: ignore[import-untyped]
+import configargparse
 
 from moe.config import (
     BUILTIN_EXPERTS,

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe.cli.parsing import parse_server_options
-from moe.cli.stopping import StopRequested, StopSignals, end_children
+from moe.cli.stopping import StopRequested, StopSignals, end_children, leave
 from moe.config import ServerConfig
 from moe.errors import MoEError
 
 if TYPE_CHECKING:
     from moe.server.stats import ServerStatistics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("moe.cli.run_server")  # not __name__, which is __main__ with python -m
 
 OPEN_FILES = 2**15  # what --increase_file_limit asks for, as hivemind does
 SGD_LR = 0.01  # hivemind's; adam gets torch's own default
@@ -62,19 +62,18 @@ class RunningServer(Protocol):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console scripts.
+    """Entry point of the console scripts. Ends the process itself once a server has run.
 
     :param argv: arguments without the program's name; default: those of this process
-    :returns: exit code
+    :returns: exit code, if it was told to stop before there was a server
     :raises SystemExit: with code 2, if the arguments are bad
     """
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s.%(msecs)03d [%(levelname)s] %(message)s", datefmt="%b %d %H:%M:%S"
-    )
+    logging.basicConfig(format="%(asctime)s.%(msecs)03d [%(levelname)s] %(message)s", datefmt="%b %d %H:%M:%S")
+    logging.getLogger("moe").setLevel(logging.INFO)
     signals = StopSignals()
-    signals.install()  # for good: the process ends with this function, and its deadline shall hold until the very end
+    signals.install()  # for good: the process ends with this function
     try:
-        return run(parse_server_options(argv), signals)
+        leave(run(parse_server_options(argv), signals))
     except StopRequested:  # while the command line was read
         return 0
 

@@ -143,7 +143,7 @@ def print_tables(status: dict[str, Any], console: Console) -> None:
     """Show what ``describe`` gives as two tables."""
     from rich.table import Table
 
-    servers = Table(title=f"{len(status['servers'])} servers")
+    servers = Table(title=_count(status["servers"], "server"))
     for name in ("server", "alive", "state", "version", "device"):
         servers.add_column(name, overflow="fold")
     for name in ("rows/s", "pending", "experts"):
@@ -159,12 +159,16 @@ def print_tables(status: dict[str, Any], console: Console) -> None:
             str(server["pending_tasks"]),
             str(len(server["experts"])),
         )
-    experts = Table(title=f"{len(status['experts'])} experts")
+    experts = Table(title=_count(status["experts"], "expert"))
     for name in ("expert", "alive", "servers"):
         experts.add_column(name, overflow="fold")
     for expert in status["experts"]:
         experts.add_row(expert["uid"], _yes_or_no(expert["alive"]), ", ".join(expert["servers"]))
     console.print(servers, experts)
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _yes_or_no(value: bool) -> str:

@@ -15,9 +15,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +121,23 @@ def end_children(patience_s: float = 1.0) -> None:
             child.join(patience_s)
 
 
-def end_now(code: int) -> None:
+def end_now(code: int) -> NoReturn:
     """Kill the child processes and end this one without any cleanup. Does not return."""
     for child in multiprocessing.active_children():
         with contextlib.suppress(OSError, ValueError):
             child.kill()
+    os._exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after everything has been stopped. Does not return.
+
+    Skips the interpreter's own ending, which is of use to nobody then: with torch loaded it took 2 to 5 s on a busy
+    machine with two cores, and 1 s on an idle one.
+    """
+    for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError, ValueError):  # whoever read this is gone
+            flush()
     os._exit(code)
 
 

@@ -8,6 +8,7 @@ chosen. Everything runs in the client's event loop.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -18,6 +19,7 @@ import torch
 from moe.config import ClientConfig
 from moe.errors import (
     CallTimeout,
+    ExpertNotFound,
     LifecycleError,
     MoEError,
     NonFiniteError,
@@ -213,7 +215,7 @@ class ExpertCaller:
             )
         pieces = -(-rows // limit)
         bounds = [rows * i // pieces for i in range(pieces + 1)]
-        return list(zip(bounds, bounds[1:]))
+        return list(itertools.pairwise(bounds))
 
     # --- what came back -------------------------------------------------------------------------------------------------
 
@@ -275,7 +277,7 @@ class ExpertCaller:
             except MoEError as e:
                 e.uid, e.peer = e.uid or self.uid, e.peer or peer.to_base58()
                 failures.append(f"{e.peer[-8:]}: {type(e).__name__}: {e.message}")
-                elsewhere = len(self.peers) > 1 and isinstance(e, ProtocolError)
+                elsewhere = len(self.peers) > 1 and isinstance(e, (ProtocolError, ExpertNotFound))
                 if not (e.retryable or elsewhere) or number == self.config.max_retries:
                     raise _with_history(e, failures) from e.__cause__
                 delay_s = retry_delay_s(number, self.config, other_server=len(self.peers) > 1)
@@ -292,7 +294,7 @@ def retry_delay_s(attempt: int, config: ClientConfig, *, other_server: bool) -> 
     """Wait before attempt ``attempt + 1``: none for a first try of another server, then doubling."""
     if attempt == 0 and other_server:
         return 0.0
-    return min(config.min_backoff_s * 2**attempt, config.max_backoff_s)
+    return min(config.min_backoff_s * 2.0**attempt, config.max_backoff_s)
 
 
 async def _all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

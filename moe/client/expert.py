@@ -6,7 +6,7 @@ Thin: requests, retries and checks are ``ExpertCaller``'s. Must not know: gating
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -20,29 +20,33 @@ from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
 from moe.errors import SchemaError
 from moe.expert_uid import ExpertInfo, PeerIDLike
 from moe.schema import ExpertSchema, Nested, cast_inputs
+from moe.transport.auto import AutoTransport
 from moe.transport.base import Budget, ExpertTransport
 from moe.transport.event_loop import client_loop
 from moe.transport.libp2p import LibP2PTransport
 from moe.wire.messages import ExpertDescription
 
-_transports: weakref.WeakKeyDictionary[Any, ExpertTransport] = weakref.WeakKeyDictionary()
+SEARCH_TIMEOUT_S = 300.0  # of a search by a client that sets itself no limit: nothing is found later than that
+
+_transports: weakref.WeakKeyDictionary[Any, dict[str, ExpertTransport]] = weakref.WeakKeyDictionary()
 
 
-def transport_of(source: Any, timeout_s: float | None = 15.0) -> ExpertTransport:
+def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> ExpertTransport:
     """The transport that calls go through: of a DHT, of hivemind's P2P, or one given as it is.
 
-    One is made per DHT (or P2P) and process, and closed when that is garbage-collected.
+    One of each mode is made per DHT (or P2P) and process, and closed when that is garbage-collected.
 
+    :param mode: see ``ClientConfig.transport``
     :raises LifecycleError: the DHT does not answer
     """
     if hasattr(source, "call") and hasattr(source, "info"):
         return cast(ExpertTransport, source)
-    known = _transports.get(source)
-    if known is None:
+    known = _transports.setdefault(source, {})
+    if mode not in known:
         maddr = source.daemon_listen_maddr if hasattr(source, "daemon_listen_maddr") else resolve_p2p(source, timeout_s)
-        known = _transports[source] = LibP2PTransport(str(maddr))
-        weakref.finalize(source, _close_soon, known).atexit = False
-    return known
+        known[mode] = AutoTransport(LibP2PTransport(str(maddr)), mode)
+        weakref.finalize(source, _close_soon, known[mode]).atexit = False
+    return known[mode]
 
 
 def _close_soon(transport: ExpertTransport) -> None:
@@ -72,7 +76,9 @@ class RemoteExpert(nn.Module):
         super().__init__()
         self._info = ExpertInfo(*expert_info)
         self.config = config or ClientConfig()
-        self.caller = ExpertCaller(self._info.uid, [self._info.peer_id, *replicas], transport_of(p2p), self.config)
+        self.caller = ExpertCaller(
+            self._info.uid, [self._info.peer_id, *replicas], transport_of(p2p, self.config.transport), self.config
+        )
 
     @property
     def uid(self) -> str:
@@ -149,7 +155,8 @@ class RemoteExpert(nn.Module):
             hint = "" if description.native else " (a stock hivemind server, which takes no global or optional kwargs)"
             raise SchemaError(f"{e.message}{hint}", uid=self.uid) from None
         trigger = _grad_trigger(description.trainable)
-        outputs = _RemoteExpertCall.apply(trigger, self.caller, schema, present, budget, *tensors)
+        apply: Callable[..., tuple[torch.Tensor, ...]] = _RemoteExpertCall.apply
+        outputs = apply(trigger, self.caller, schema, present, budget, *tensors)
         return schema.pack_outputs(outputs)
 
 
@@ -199,7 +206,7 @@ class _RemoteExpertCall(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         caller: ExpertCaller = ctx.caller
         inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
@@ -278,7 +285,7 @@ def get_experts(
     """
     if isinstance(uids, str):
         raise SchemaError(f"uids is a list of expert uids, got the string {uids!r}")
-    timeout_s = (config or ClientConfig()).total_timeout_s
+    timeout_s = (config or ClientConfig()).total_timeout_s or SEARCH_TIMEOUT_S
 
     def search() -> list[RemoteExpert | None]:
         found = find_experts(dht, list(uids), expiration_time, timeout_s=timeout_s)

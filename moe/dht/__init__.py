@@ -4,13 +4,13 @@
 declares, retracts and finds, ``announcer`` keeps declaring. Nothing else in this package knows a key of the DHT.
 """
 
-from hivemind.dht import DHT  # type: ignore[import-untyped]
-from hivemind.p2p import PeerID  # type: ignore[import-untyped]
-from hivemind.utils import get_dht_time  # type: ignore[import-untyped]
+from hivemind.dht import DHT
+from hivemind.p2p import PeerID, PeerInfo
+from hivemind.utils import get_dht_time
 
 from moe.dht.announcer import Announcer, AnnouncerStatistics
 from moe.dht.experts import declare_experts, fetch_prefixes, find_experts, list_servers, retract_experts
-from moe.dht.process import peers_line, resolve_p2p, start_dht, stop_dht, visible_addresses
+from moe.dht.process import peers_line, resolve_p2p, start_dht, stop_dht, visible_addresses, visible_peer
 from moe.dht.records import FoundExpert, ServerInfo, ServerState, Successor, Successors
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "AnnouncerStatistics",
     "FoundExpert",
     "PeerID",
+    "PeerInfo",
     "ServerInfo",
     "ServerState",
     "Successor",
@@ -34,4 +35,5 @@ __all__ = [
     "start_dht",
     "stop_dht",
     "visible_addresses",
+    "visible_peer",
 ]

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hivemind.dht import DHT  # type: ignore[import-untyped]
-from hivemind.utils import get_dht_time  # type: ignore[import-untyped]
+from hivemind.dht import DHT
+from hivemind.utils import get_dht_time
 
 from moe.dht.experts import DEFAULT_EXPIRATION_S, check_uids, declare_experts, retract_experts
 from moe.dht.records import ServerInfo

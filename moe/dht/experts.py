@@ -1,7 +1,7 @@
 """Experts in the DHT. Owns: declaring, retracting and finding them, and listing servers.
 
 The DHT cannot delete: a record is retracted by a *tombstone* (None) that ends a moment after it. Nodes of the DHT keep
-what they once read until it expires; so that tombstones and new experts are seen at once, reads ask all holders of a key
+what they once read until it expires; so that tombstones and new experts are seen at once, reads ask all who hold a key
 and merge what they know. Functions that take a ``node`` run inside the DHT process, others call them there.
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hivemind.dht import DHT, DHTNode  # type: ignore[import-untyped]
-from hivemind.p2p import PeerID  # type: ignore[import-untyped]
-from hivemind.utils import DHTExpiration, MPFuture, get_dht_time  # type: ignore[import-untyped]
+from hivemind.dht import DHT, DHTNode
+from hivemind.p2p import PeerID
+from hivemind.utils import DHTExpiration, MPFuture, get_dht_time
 
 from moe.dht.process import DEFAULT_TIMEOUT_S, call, call_in_background
 from moe.dht.records import (
@@ -65,7 +65,9 @@ MAX_LISTED_UIDS = 2**20  # nor more uids
 # --- reading and storing ---------------------------------------------------------------------------------------------
 
 
-async def _read(node: DHTNode, keys: Iterable[str], *, latest: bool) -> dict[str, dict[Any, Record]]:
+async def _read(
+    node: DHTNode, keys: Iterable[str], *, latest: bool, num_workers: int | None = None
+) -> dict[str, dict[Any, Record]]:
     """The unexpired records at each key by subkey (that of a plain value is None). What cannot be read is absent.
 
     :param latest: ask all holders of a key and merge what they know, subkey by subkey; else any one's copy will do
@@ -75,7 +77,8 @@ async def _read(node: DHTNode, keys: Iterable[str], *, latest: bool) -> dict[str
         return {}
     searches: dict[str, asyncio.Future[Any]] = {}
     with contextlib.suppress(Exception):  # this node holds a malformed value for one of the keys
-        searches = await node.get_many(keys, math.inf if latest else None, return_futures=True)
+        ends_after = math.inf if latest else None
+        searches = await node.get_many(keys, ends_after, num_workers=num_workers, return_futures=True)
         await asyncio.wait(searches.values(), timeout=STALE_AFTER_S if latest else GIVE_UP_KEY_S)
     late = [key for key in keys if key not in searches or not searches[key].done() or searches[key].exception()]
     found: dict[str, Any] = {key: searches[key].result() for key in keys if key not in late}
@@ -300,22 +303,30 @@ async def _find(node: DHTNode, uids: list[ExpertUID], alive_at: float | None) ->
 
 
 def fetch_prefixes(
-    dht: DHT, prefixes: Collection[ExpertPrefix], timeout_s: float = DEFAULT_TIMEOUT_S
+    dht: DHT,
+    prefixes: Collection[ExpertPrefix],
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    *,
+    num_workers: int | None = None,
 ) -> dict[ExpertPrefix, Successors]:
     """The live successors of each prefix: for each next coordinate an expert, and when its record ends. One request for
     all prefixes; ``{}`` for one that has no live successors.
 
+    :param num_workers: concurrent workers of the search; default: the DHT's own
     :raises CallTimeout: if this takes too long
     :raises LifecycleError: if the DHT is not running
     """
     if not prefixes:
         return {}
-    return call(dht, f"looking up {len(prefixes)} prefixes", _fetch, list(prefixes), timeout_s=timeout_s)
+    stage = f"looking up {len(prefixes)} prefixes"
+    return call(dht, stage, _fetch, list(prefixes), num_workers, timeout_s=timeout_s)
 
 
-async def _fetch(node: DHTNode, prefixes: list[ExpertPrefix]) -> dict[ExpertPrefix, Successors]:
+async def _fetch(
+    node: DHTNode, prefixes: list[ExpertPrefix], num_workers: int | None
+) -> dict[ExpertPrefix, Successors]:
     peer_ids = PeerIDs()
-    found = await _read(node, prefixes, latest=True)
+    found = await _read(node, prefixes, latest=True, num_workers=num_workers)
     return {prefix: read_successors(prefix, found[prefix], peer_ids) for prefix in prefixes}
 
 

@@ -22,17 +22,16 @@ from multiprocessing import reduction
 from typing import Any, TypeVar, cast
 
 import msgspec
-from hivemind.dht import DHT, DHTNode  # type: ignore[import-untyped]
-from hivemind.p2p import PeerID  # type: ignore[import-untyped]
-from hivemind.utils import MPFuture  # type: ignore[import-untyped]
-from hivemind.utils.multiaddr import Multiaddr  # type: ignore[import-untyped]
+from hivemind.dht import DHT, DHTNode
+from hivemind.p2p import PeerID, PeerInfo
+from hivemind.utils import MPFuture
+from hivemind.utils.multiaddr import Multiaddr
 
 from moe.errors import CallTimeout, ConfigError, LifecycleError, MoEError, TransportError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 15.0  # for one operation
-_ANSWER_GRACE_S = 1.0  # the DHT process keeps the deadline; this is for its answer to arrive
 _POLL_S = 0.25  # how often a waiting caller looks whether the process still lives
 _INLINE_BYTES = 2048  # a request is one write of at most PIPE_BUF (4096) bytes; 759 of them are hivemind's
 
@@ -56,7 +55,7 @@ def call(
     deadline = time.monotonic() + timeout_s
     coroutine = partial(_run_bounded, function=function, payload=_pack(args), timeout_s=timeout_s)
     try:
-        outcome, result = _wait(dht, stage, _send(dht, stage, coroutine, deadline), deadline + _ANSWER_GRACE_S)
+        outcome, result = _wait(dht, stage, _send(dht, stage, coroutine, deadline), deadline)
     except CallTimeout:
         outcome, result = "timeout", None
     if outcome == "timeout":
@@ -258,6 +257,20 @@ async def _addresses(node: DHTNode) -> list[str]:
     with contextlib.suppress(ValueError):  # it listens nowhere
         return [str(address) for address in await node.get_visible_maddrs(latest=True)]
     return []
+
+
+def visible_peer(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> PeerInfo:
+    """The same with the peer id, as hivemind's PeerInfo.
+
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    peer_id = call(dht, "asking for its peer id", _peer_id_text, timeout_s=timeout_s)
+    return PeerInfo(PeerID.from_base58(peer_id), [Multiaddr(text) for text in visible_addresses(dht, timeout_s)])
+
+
+async def _peer_id_text(node: DHTNode) -> str:
+    return str(node.peer_id.to_base58())
 
 
 def peers_line(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> str:

@@ -5,8 +5,8 @@ Our own facts, under keys that stock readers never look at:
 
 - ``_moe.experts.{prefix}``, one subkey per server: which coordinates under the prefix it hosts, and its load. One
   record for all experts of a prefix: a record per expert doubled the time to announce 1024 experts (4 s to 8 s).
-- ``_moe.servers``, one subkey per server: its ServerInfo without uids, NNN bytes with two addresses, so that one
-  message of the DHT (4 MiB) holds over 10,000 servers. The uids are at ``_moe.server.{peer id}.{part}``, in parts of
+- ``_moe.servers``, one subkey per server: its ServerInfo without uids, 171 bytes with two addresses, so that one
+  message of the DHT (4 MiB) holds over 15,000 servers. The uids are at ``_moe.server.{peer id}.{part}``, in parts of
   bounded size.
 
 Records are not signed: any peer of the swarm can forge them, as it can hivemind's. So what is read is checked strictly,
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
-from hivemind.p2p import PeerID  # type: ignore[import-untyped]
+from hivemind.p2p import PeerID
 
 from moe.errors import ConfigError
 from moe.expert_uid import (
@@ -47,7 +47,7 @@ MAX_UIDS = 2**16  # of one server
 MAX_PART_BYTES = 32 * 1024  # of one part of a server's uids, by estimate
 MAX_PARTS = 256  # of one server
 MAX_PEER_ID_CHARS = 128  # decoding base58 is quadratic; real ones have 46 to 52
-_RUNS_PER_ENTRY = 1024  # coordinates of one prefix in one part, at most
+_COORDINATES_PER_ENTRY = 1024  # of one prefix in one entry of a part
 
 Place = tuple[str, "Coordinate | str | None"]  # key and subkey; None: the key has a plain value
 Text = Annotated[str, msgspec.Meta(max_length=128)]
@@ -210,18 +210,20 @@ def to_runs(coordinates: Iterable[Coordinate]) -> list[int]:
     return runs
 
 
-def uid_parts(grouped: Mapping[ExpertPrefix, Sequence[Coordinate]]) -> list[dict[ExpertPrefix, list[int]]]:
-    """A server's uids as several values of bounded size, so that no message of the DHT grows too large."""
-    parts: list[dict[ExpertPrefix, list[int]]] = []
+def uid_parts(grouped: Mapping[ExpertPrefix, Sequence[Coordinate]]) -> list[list[list[Any]]]:
+    """A server's uids as several values of bounded size, so that no message of the DHT grows too large. Each is a list
+    of [prefix, runs]: read back, a dict would look like a key with subkeys.
+    """
+    parts: list[list[list[Any]]] = []
     room = 0
     for prefix, coordinates in grouped.items():
-        for start in range(0, len(coordinates), _RUNS_PER_ENTRY):
-            runs = to_runs(coordinates[start : start + _RUNS_PER_ENTRY])
+        for start in range(0, len(coordinates), _COORDINATES_PER_ENTRY):
+            runs = to_runs(coordinates[start : start + _COORDINATES_PER_ENTRY])
             size = len(prefix.encode()) + 9 * len(runs) + 8
-            if size > room or prefix in parts[-1]:
-                parts.append({})
+            if size > room:
+                parts.append([])
                 room = MAX_PART_BYTES
-            parts[-1][prefix] = runs
+            parts[-1].append([prefix, runs])
             room -= size
     return parts
 
@@ -254,11 +256,13 @@ def read_part(part: Any) -> list[ExpertUID]:
 
     :raises ValueError: if it is not that
     """
-    if not isinstance(part, dict) or not all(isinstance(prefix, str) and is_valid_prefix(prefix) for prefix in part):
-        raise ValueError("not a dict of prefixes")
-    if sum(sum(read_runs(runs)[1::2]) for runs in part.values()) > MAX_UIDS:
+    if not isinstance(part, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in part):
+        raise ValueError("not a list of prefixes and runs")
+    if not all(isinstance(prefix, str) and is_valid_prefix(prefix) for prefix, _ in part):
+        raise ValueError("not a prefix")
+    if sum(sum(read_runs(runs)[1::2]) for _, runs in part) > MAX_UIDS:
         raise ValueError(f"more than {MAX_UIDS} uids")
-    return [f"{prefix}{coordinate}" for prefix, runs in part.items() for coordinate in expand(runs)]
+    return [f"{prefix}{coordinate}" for prefix, runs in part for coordinate in expand(runs)]
 
 
 def read_part_count(directory_entry: Any) -> int:

@@ -199,7 +199,7 @@ def _make_backend(
     optimizer = optim_cls(module.parameters()) if optim_cls is not None else None
     make_scheduler = schedule_name_to_scheduler[scheduler]
     lr_scheduler = None if make_scheduler is None else make_scheduler(optimizer, **schedule)
-    if clip_grad_norm is not None:
+    if clip_grad_norm is not None and optimizer is not None:
         optimizer = ClippingWrapper(optimizer, clip_grad_norm)
     return ExpertBackend(uid, module, optimizer, scheduler=lr_scheduler, **schema, **options)
 

@@ -83,12 +83,13 @@ def _serve(pipe: Connection, modules: list[str], args: tuple[Any, ...], kwargs: 
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
         server = Server.create(*args, start=True, **kwargs)
+        peer = visible_peer(server.dht)
     except BaseException as e:
         logger.debug("could not start", exc_info=True)
         pipe.send((False, f"{type(e).__name__} {e}"))
         sys.exit(1)
     try:
-        pipe.send((True, visible_peer(server.dht)))
+        pipe.send((True, peer))
         while not server.wait(0.05) and not pipe.poll(0.2):
             pass
     finally:

@@ -102,9 +102,8 @@ class BatchQueue:
             heapq.heappop(group)
         if not group:
             del self._groups[task.group], self._rows[task.group]
-        if len(self._by_rank) > 2 * len(self._waiting) + 64:  # mostly removed tasks: rebuild
-            self._by_rank = [(t.rank, _Unordered(t.group)) for t in self._waiting.values()]
-            heapq.heapify(self._by_rank)
+        if max(len(self._by_rank), len(self._by_deadline)) > 2 * len(self._waiting) + 64:
+            self._rebuild_heaps()  # they hold mostly removed tasks
         return task
 
     def expire(self, now: float) -> list[Waiting]:
@@ -146,6 +145,16 @@ class BatchQueue:
             batch.append(task)
             rows += task.rows
         return batch
+
+    def _rebuild_heaps(self) -> None:
+        waiting = self._waiting.values()
+        self._by_rank = [(task.rank, _Unordered(task.group)) for task in waiting]
+        self._by_deadline = [(task.deadline, task.rank.number) for task in waiting if task.deadline < math.inf]
+        heapq.heapify(self._by_rank)
+        heapq.heapify(self._by_deadline)
+        for group, ranks in self._groups.items():
+            self._groups[group] = [rank for rank in ranks if rank.number in self._waiting]
+            heapq.heapify(self._groups[group])
 
     def _ready_group(self, now: float) -> Hashable | None:
         if not self._waiting:

@@ -7,8 +7,10 @@ of memory is halved by rows.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -21,15 +23,19 @@ logger = logging.getLogger(__name__)
 Outcome = TaskResult | BaseException
 Compute = Callable[[list[Task]], list[TaskResult]]
 Join = Callable[[Task, Sequence[TaskResult]], TaskResult]
+Undoable = Callable[[], AbstractContextManager[None]]
 
 MAX_ERROR_CHARS = 1000  # of a module's own error message
 
 
-def run_isolated(tasks: list[Task], compute: Compute, join: Join | None = None) -> list[Outcome]:
+def run_isolated(
+    tasks: list[Task], compute: Compute, join: Join | None = None, undoable: Undoable = contextlib.nullcontext
+) -> list[Outcome]:
     """Compute a batch; only tasks that fail on their own get an error.
 
     :param compute: returns one result per task; when it raises, it must have had no effect
     :param join: puts the results of a task's row ranges together; None if its tasks cannot be split by rows
+    :param undoable: a context that undoes the effects of the computations inside if it is left by an exception
     :returns: one result or error per task, in order
     """
     try:
@@ -42,21 +48,27 @@ def run_isolated(tasks: list[Task], compute: Compute, join: Join | None = None) 
         torch.cuda.empty_cache()
     if len(tasks) > 1:
         middle = len(tasks) // 2
-        return run_isolated(tasks[:middle], compute, join) + run_isolated(tasks[middle:], compute, join)
+        parts = (tasks[:middle], tasks[middle:])
+        return [outcome for part in parts for outcome in run_isolated(part, compute, join, undoable)]
     if is_out_of_memory(error) and join is not None and tasks[0].rows > 1:
-        return [_run_halves(tasks[0], compute, join)]
+        return [_run_halves(tasks[0], compute, join, undoable)]
     logger.debug("a task failed", exc_info=error)
     return [as_expert_failure(error)]
 
 
-def _run_halves(task: Task, compute: Compute, join: Join) -> Outcome:
+def _run_halves(task: Task, compute: Compute, join: Join, undoable: Undoable) -> Outcome:
     middle = task.rows // 2
-    halves = [_rows_of(task, 0, middle), _rows_of(task, middle, task.rows)]
-    outcomes = [outcome for half in halves for outcome in run_isolated([half], compute, join)]
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            return outcome
-    return join(task, [outcome for outcome in outcomes if not isinstance(outcome, BaseException)])
+    results: list[TaskResult] = []
+    try:
+        with undoable():  # one half that has succeeded may not train if the other fails
+            for half in (_rows_of(task, 0, middle), _rows_of(task, middle, task.rows)):
+                (outcome,) = run_isolated([half], compute, join, undoable)
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                results.append(outcome)
+    except MoEError as e:
+        return e.with_traceback(None)
+    return join(task, results)
 
 
 def _rows_of(task: Task, start: int, stop: int) -> Task:

@@ -360,7 +360,8 @@ class ExpertBackend:
 
     def _run_backward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
-            outcomes = run_isolated(tasks, self._compute_backward, self._join_rows if self.schema.mergeable else None)
+            join = self._join_rows if self.schema.mergeable else None
+            outcomes = run_isolated(tasks, self._compute_backward, join, self._parameter_gradients)
             trained = [t.rows for t, outcome in zip(tasks, outcomes) if not isinstance(outcome, BaseException)]
             if sum(trained) > 0:
                 self.on_backward(sum(trained))
@@ -388,7 +389,7 @@ class ExpertBackend:
         with torch.enable_grad():
             outputs = self._call_module(args, kwargs)
             self._check_outputs(outputs, sum(task.rows for task in lane))
-            _backpropagate(outputs, tensors[count:])
+            _backpropagate(outputs, tensors[count:], first.entries[count:])
         grads = _gradients_of(leaves, first.wants_grad)
         entries = first.entries[:count]
         rows = [task.rows for task in lane]
@@ -445,9 +446,12 @@ class ExpertBackend:
     ) -> list[TaskResult]:
         """Results of the tasks, in order: all lanes in one launch if the module allows it, else lane by lane."""
         lanes = _lanes(tasks)
-        results = self._try_stacked(lanes, run_stacked) if self._may_stack(lanes) else None
+        may_stack = self._may_stack(lanes)
+        results = self._try_stacked(lanes, run_stacked) if may_stack else None
         if results is None:
             results = [result for lane in lanes for result in run_one(lane)]
+            if may_stack:  # it was not a task's fault: do not try again
+                self._stackable[tasks[0].operation, tasks[0].present] = False
         by_number = {task.number: result for task, result in zip(itertools.chain.from_iterable(lanes), results)}
         return [by_number[task.number] for task in tasks]
 
@@ -462,17 +466,15 @@ class ExpertBackend:
     def _try_stacked(
         self, lanes: list[list[Task]], run_stacked: Callable[[list[list[Task]]], list[TaskResult]]
     ) -> list[TaskResult] | None:
-        """Run lanes in one launch, or None if the module cannot be vmapped (then it is not tried again)."""
+        """Run lanes in one launch, or None if that fails."""
         first = lanes[0][0]
         try:
-            results = run_stacked(lanes)
+            return run_stacked(lanes)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # vmap says it in many ways: random numbers, control flow on data, in-place updates, ...
             logger.info("%s: its %s runs callers with own globals one by one (%r)", self.name, first.operation, e)
-            self._stackable[first.operation, first.present] = False
             return None
-        return results
 
     def _stack(self, lanes: list[list[Task]], grad: bool) -> tuple[list[torch.Tensor], list[int], int]:
         """Flat tensors with a leading lane axis: batched ones padded to (lanes, rows, *), globals stacked (lanes, *)."""
@@ -529,7 +531,7 @@ class ExpertBackend:
             with torch.enable_grad():
                 outputs = self._vmapped(first.present)(*leaves)
                 self._check_outputs([output[0] for output in outputs], most)
-                _backpropagate(outputs, stacked[count:])
+                _backpropagate(outputs, stacked[count:], first.entries[count:])
         except BaseException:
             for parameter in self.module.parameters():
                 parameter.grad = None  # _parameter_gradients has put earlier ones aside
@@ -606,11 +608,16 @@ def _to_cpu(results: list[TaskResult]) -> list[TaskResult]:
     return [[None if tensor is None else tensor.cpu() for tensor in result] for result in results]
 
 
-def _backpropagate(outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
+def _backpropagate(outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], entries: Sequence[Entry]) -> None:
     """Backward through the floating-point outputs; the zeros that stock peers send for the others are dropped."""
     floating = [output for output in outputs if output.is_floating_point()]
-    grads = [grad for grad in grads if grad.is_floating_point()]
-    pairs = [(o, g.to(o.device, o.dtype)) for o, g in zip(floating, grads, strict=True) if o.requires_grad]
+    given = [(grad, entry) for grad, entry in zip(grads, entries) if grad.is_floating_point()]
+    pairs = []
+    for output, (grad, entry) in zip(floating, given, strict=True):
+        if grad.shape != output.shape:  # in an axis of "any length"; the rest is checked before
+            raise SchemaError(f"{entry.path}: the output has shape {tuple(output.shape)}, this {tuple(grad.shape)}")
+        if output.requires_grad:
+            pairs.append((output, grad.to(output.device, output.dtype)))
     if pairs:  # else nothing that was asked for depends on anything
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 

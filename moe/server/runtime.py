@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from prefetch_generator import BackgroundGenerator  # type: ignore[import-untyped]
+from prefetch_generator import BackgroundGenerator
 
-from moe.errors import LifecycleError, Unavailable
+from moe.errors import LifecycleError, MoEError, Unavailable
+from moe.server.execution import as_expert_failure, is_out_of_memory
 from moe.server.task_pool import Task, TaskPool
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class Runtime:
         batches: Any = self._batches()
         if self.prefetch_batches:
             batches = BackgroundGenerator(batches, max_prefetch=self.prefetch_batches)
-        pool, batch = None, []
+        batch: list[Task] = []
         try:
             for pool, batch in batches:
                 if self._on_batch is not None:
@@ -147,39 +148,60 @@ class Runtime:
                 self._busy_since = self._clock()
                 pool.process(batch)
                 self._busy_since = math.inf
-                pool, batch = None, []
+                batch = []
         except BaseException as e:
-            self._fail(e, batch)
+            self._fail(e, batch, batches)
         finally:
             self._busy_since = math.inf
 
-    def _fail(self, error: BaseException, batch: list[Task]) -> None:
-        """The loop itself broke: nobody who waits may go on waiting."""
+    def _fail(self, error: BaseException, batch: list[Task], loaded: Iterator[Batch]) -> None:
+        """The loop itself broke: nobody who waits may go on waiting.
+
+        :param batch: the one at hand
+        :param loaded: ends now, after those that were loaded ahead
+        """
         self.failure = error
         self.ready.clear()
         logger.critical("the Runtime has died", exc_info=error)
         with self._wake:
             self._stopping = True
+            self._wake.notify_all()
         gone = Unavailable(f"the Runtime of this server has died ({type(error).__name__})")
-        for task in batch:
-            if not task.future.done():
-                task.future.set_exception(gone)
+        _tell(batch, gone)
         for pool in self.pools:
             pool.close(gone)
+        for _, ahead in loaded:
+            _tell(ahead, gone)
         if self._on_failure is not None:
             self._on_failure(error)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches in order of urgency, on the device, until shutdown."""
-        while True:
-            batch = self._next_batch()
-            if batch is None:
+        while (batch := self._next_batch()) is not None:
+            if self.device is None or self.device.type == "cpu":
+                yield batch
+            else:
+                yield from self._on_device(*batch, self.device)
+
+    def _on_device(self, pool: TaskPool, tasks: list[Task], device: torch.device) -> Iterator[Batch]:
+        """The batch with its tensors on the device; in halves, if there is no room for all at once."""
+        try:
+            moved = [[tensor.to(device, non_blocking=True) for tensor in task.tensors] for task in tasks]
+        except Exception as e:
+            if not is_out_of_memory(e):
+                _tell(tasks, Unavailable(f"the device of this server has failed ({type(e).__name__})"))
+                raise
+            if len(tasks) == 1:
+                _tell(tasks, as_expert_failure(e))
                 return
-            pool, tasks = batch
-            if self.device is not None and self.device.type != "cpu":
-                for task in tasks:
-                    task.tensors = [tensor.to(self.device, non_blocking=True) for tensor in task.tensors]
-            yield batch
+        else:
+            for task, tensors in zip(tasks, moved):
+                task.tensors = tensors
+            yield pool, tasks
+            return
+        middle = len(tasks) // 2
+        yield from self._on_device(pool, tasks[:middle], device)
+        yield from self._on_device(pool, tasks[middle:], device)
 
     def _next_batch(self) -> Batch | None:
         while True:
@@ -202,3 +224,9 @@ class Runtime:
             with self._wake:
                 if self._submissions == seen and not self._stopping:
                     self._wake.wait(None if wait_s == math.inf else max(0.0, wait_s))
+
+
+def _tell(tasks: list[Task], error: MoEError) -> None:
+    for task in tasks:
+        if not task.future.done():
+            task.future.set_exception(error)

@@ -1,7 +1,9 @@
 """Server: starts the parts in order, watches them, stops them in reverse. Nothing else.
 
-Parts: DHT node -> Runtime -> network thread with the ConnectionHandler behind libp2p -> checkpoints -> announcements. Must not
-know: what any of them does inside. How settings become parts is ``moe.server.assembly``'s.
+Parts: DHT node -> checkpoints -> network thread with the ConnectionHandler behind libp2p and the direct link -> Runtime ->
+announcements. In reverse that means: nobody new comes, the batch at hand is finished and all who wait are answered, the
+answers are sent, what was learned is saved. Must not know: what any of them does inside. How settings become parts is
+``moe.server.assembly``'s.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe.config import HandlerConfig, ServerConfig, replace_known
-from moe.dht import DHT, Announcer, ServerInfo, resolve_p2p, stop_dht
+from moe.dht import DHT, Announcer, ServerInfo, resolve_p2p, stop_dht, visible_addresses
 from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
 from moe.server.assembly import ServerParts, assemble
 from moe.server.checkpoints import CheckpointSaver
@@ -24,6 +26,7 @@ from moe.server.connection_handler import Authorizer, ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.server.runtime import BatchHook, Runtime
 from moe.server.stats import ExpertStatistics, ServerStatistics, served_rates
+from moe.transport.direct import DirectServer
 from moe.transport.event_loop import EventLoopThread
 from moe.transport.libp2p import LibP2PServer
 from moe.version import __version__
@@ -104,6 +107,7 @@ class Server:
         self._lifecycle = threading.Lock()
         self._undo: list[tuple[str, Callable[[], object]]] = []  # how to stop what was started, in order of the start
         self._watcher: threading.Thread | None = None
+        self._libp2p: LibP2PServer | None = None
         self._started_at = 0.0
         self._rows_per_s = 0.0
         if start:
@@ -144,7 +148,8 @@ class Server:
         :raises TimeoutError: not ready in time
         """
         if await_ready and timeout is None:
-            return self._start()
+            self._start()
+            return
         thread = threading.Thread(target=self._start_logged, name="moe-server-start", daemon=True)
         thread.start()
         if await_ready:
@@ -172,9 +177,9 @@ class Server:
             try:
                 for stage, start_part in (
                     ("the DHT node", self._start_dht),
-                    ("the Runtime", self._start_runtime),
-                    ("the network", self._start_network),
                     ("checkpoints", self._start_checkpoints),
+                    ("the network", self._start_network),
+                    ("the Runtime", self._start_runtime),
                     ("announcing the experts", self._start_announcing),
                 ):
                     start_part()
@@ -195,23 +200,30 @@ class Server:
             self.dht.wait_until_ready(self.config.start_timeout_s)
         self._undo.append(("the DHT node", lambda: stop_dht(self.dht)))
 
-    def _start_runtime(self) -> None:
-        self._undo.append(("the Runtime", lambda: self.runtime.shutdown(self.config.shutdown_timeout_s / 2)))
-        self.runtime.start(on_failure=lambda error: self._stop_requested.set())
-
-    def _start_network(self) -> None:
-        daemon_maddr = resolve_p2p(self.dht, self.config.start_timeout_s)
-        loop = EventLoopThread("moe-server-loop")
-        self._undo.append(("the network thread", loop.stop))
-        transport = LibP2PServer(str(daemon_maddr), self.handler)
-        loop.run(transport.start(), self.config.start_timeout_s)
-        self._undo.append(("the network", lambda: loop.run(transport.stop(), self.config.shutdown_timeout_s)))
-
     def _start_checkpoints(self) -> None:
         if self.checkpoint_saver is not None:
             saver = self.checkpoint_saver
             self._undo.append(("checkpoints", lambda: saver.stop(self.config.shutdown_timeout_s, save=True)))
             saver.start()
+
+    def _start_network(self) -> None:
+        daemon_maddr = resolve_p2p(self.dht, self.config.start_timeout_s)
+        loop = EventLoopThread("moe-server-loop")
+        self._undo.append(("the network thread", loop.stop))
+        issue_ticket = None
+        if self.config.direct:
+            hosts = self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))
+            direct = DirectServer(self.handler, self.config.direct_port, hosts)
+            self._undo.append(("the direct link", lambda: loop.run(direct.stop(), self.config.shutdown_timeout_s)))
+            loop.run(direct.start(), self.config.start_timeout_s)
+            issue_ticket = direct.ticket
+        self._libp2p = transport = LibP2PServer(str(daemon_maddr), self.handler, issue_ticket)
+        self._undo.append(("the network", lambda: loop.run(transport.stop(), self.config.shutdown_timeout_s)))
+        loop.run(transport.start(), self.config.start_timeout_s)
+
+    def _start_runtime(self) -> None:
+        self._undo.append(("the Runtime", lambda: self.runtime.shutdown(self.config.shutdown_timeout_s / 2)))
+        self.runtime.start(on_failure=lambda error: self._stop_requested.set())
 
     def _start_announcing(self) -> None:
         if not self.expert_backends:
@@ -271,6 +283,8 @@ class Server:
             return LifecycleError(f"a batch has been running for {self.runtime.busy_s():.0f} s: the Runtime is stuck")
         if not self.dht.is_alive():
             return LifecycleError("the DHT process has died")
+        if self._libp2p is not None and not self._libp2p.is_connected:
+            return LifecycleError("the libp2p daemon has died")
         return None
 
     def _watch(self) -> None:
@@ -341,3 +355,9 @@ class Server:
                 stop()
             except Exception as e:  # one part that will not stop must not keep the others running
                 logger.warning("could not stop %s cleanly: %r", name, e)
+
+
+def _hosts_of(multiaddrs: Sequence[str]) -> tuple[str, ...]:
+    """Hosts in multiaddrs such as ``/ip4/10.0.0.1/tcp/31337/p2p/...``; relayed ones lead to somebody else."""
+    parts = [address.split("/") for address in multiaddrs if "p2p-circuit" not in address]
+    return tuple(dict.fromkeys(p[2] for p in parts if len(p) > 2 and p[1] in ("ip4", "ip6", "dns", "dns4", "dns6")))

@@ -148,7 +148,7 @@ class TaskPool:
         waiting = Waiting(Rank(task.priority, now, task.number), task.rows, task.group, task.deadline, task.peer)
         with self._lock:
             if self._closed is not None:
-                raise self._closed
+                raise _another(self._closed)
             self._queue.add(waiting)
             self._tasks[task.number] = task
         task.future.add_done_callback(lambda future: self._forget(task.number) if future.cancelled() else None)
@@ -190,7 +190,7 @@ class TaskPool:
             self._tasks.clear()
             self._queue = BatchQueue(self.config)
         for task in left:
-            self._resolve(task, self._closed)
+            self._resolve(task, _another(self._closed))
 
     # --- the Runtime thread ----------------------------------------------------------------------------------------
 
@@ -259,6 +259,11 @@ class TaskPool:
                 task.future.set_exception(outcome)
             else:
                 task.future.set_result(outcome)
+
+
+def _another(error: MoEError) -> MoEError:
+    """A copy to raise: one object raised again and again would remember the frames of all who were told."""
+    return type(error)(error.message, peer=error.peer, uid=error.uid)
 
 
 def _count(

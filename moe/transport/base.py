@@ -99,7 +99,10 @@ class Admission(Protocol):
 class ExpertService(Protocol):
     """The server's side: what a transport hands requests to. All methods run in the server's event loop."""
 
-    read_timeout_s: float
+    @property
+    def read_timeout_s(self) -> float:
+        """Longest silence while a request is being received."""
+        ...
 
     def describe(self, uid: str) -> ExpertDescription:
         """What an expert takes and returns.

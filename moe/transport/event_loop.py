@@ -7,7 +7,9 @@ own. Must not know what runs in them.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Coroutine
@@ -96,7 +98,8 @@ class EventLoopThread:
             if tasks:
                 self._loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            with contextlib.suppress(RuntimeError):  # no new thread at interpreter exit, where the pool has ended before
+                self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
 
@@ -113,9 +116,16 @@ def client_loop() -> EventLoopThread:
         return _client_loop
 
 
+def _stop_client_loop() -> None:
+    """At exit: end what runs in the loop, instead of letting the interpreter find it half done."""
+    if _client_loop is not None:
+        _client_loop.stop(timeout_s=2.0)
+
+
 def _after_fork() -> None:
     global _client_loop, _client_loop_lock
     _client_loop, _client_loop_lock = None, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_stop_client_loop)

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -29,20 +30,22 @@ from moe.errors import (
     MoEError,
     PeerGone,
     ProtocolError,
-    RemoteError,
     ReplyTooLarge,
     TransportError,
+    Unavailable,
     error_from_wire,
 )
 from moe.expert_uid import MAX_UID_LENGTH, PeerIDLike
 from moe.schema import Compression
 from moe.transport.base import FORWARD, Call, ExpertService, Reply, within
+from moe.transport.tickets import Ticket, decode_ticket, encode_ticket
 from moe.wire.hivemind_dialect import (
     MAX_MESSAGE_BYTES,
     MAX_UNARY_BYTES,
     RPC_BACKWARD,
     RPC_FORWARD,
     RPC_INFO,
+    RPC_TICKET,
     STREAM_SUFFIX,
     ExpertInfo,
     ExpertRequest,
@@ -71,6 +74,7 @@ logger = logging.getLogger(__name__)
 _RPC_OF_METHOD = {FORWARD: RPC_FORWARD, "backward": RPC_BACKWARD}
 _MESSAGE, _END = b"\x00", b"\x01"
 _LENGTH_BYTES = 8
+_LINGER_S = 2.0  # for a refused caller to read why; ours
 _SMALL_BYTES = 64 * 1024  # tensors up to this are (de)coded in the event loop; ours, about 10 us
 _HANDLER_ERROR = re.compile(r"^(?:.*?: )?(\w+)\((.*)\)$", re.DOTALL)  # repr of an exception, as unary calls relay it
 _NOT_REACHED = ("failed to find any peer", "failed to dial", "no addresses", "routing: not found", "no good addresses")
@@ -91,6 +95,46 @@ def _decode_all(encoded: Iterable[EncodedTensor]) -> list[torch.Tensor]:
     return [decode_tensor(tensor) for tensor in encoded]
 
 
+async def _connect(daemon_maddr: str) -> P2P:
+    """A connection to a libp2p daemon, to be closed with ``shutdown``.
+
+    Unlike a bare replica of hivemind's, it is over when the daemon is: calls that wait for an answer then fail at once.
+    """
+    p2p: P2P = await P2P.replicate(Multiaddr(daemon_maddr))
+    control = p2p._client.control
+
+    def daemon_gone(reading: asyncio.Task[None]) -> None:
+        if not reading.cancelled():
+            logger.debug("the connection to libp2p daemon %s has ended: %r", daemon_maddr, reading.exception())
+        for answer in control._pending_calls.values():
+            if not answer.done():
+                answer.set_exception(P2PDaemonError("the connection to this process's own libp2p daemon has ended"))
+        p2p._terminate()
+
+    control._read_task.add_done_callback(daemon_gone)
+    return p2p
+
+
+def _is_connected(p2p: P2P | None) -> bool:
+    """False also when the daemon has gone. (hivemind's own ``is_alive`` does not notice.)"""
+    return p2p is not None and not p2p._client.control._read_task.done()
+
+
+async def _open_stream(p2p: P2P, peer_id: PeerID, handle: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Like hivemind's ``call_binary_stream_handler``, but leaves no socket open when it fails or is cancelled."""
+    reader, writer = await p2p._client.control.daemon_connector.open_connection()
+    try:
+        wanted = p2pd_pb2.StreamOpenRequest(peer=peer_id.to_bytes(), proto=[handle])
+        await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=wanted))
+        response = p2pd_pb2.Response()
+        await read_pbmsg_safe(reader, response)
+        raise_if_failed(response)
+    except BaseException:
+        writer.close()
+        raise
+    return reader, writer
+
+
 class _Reader:
     """Reads stream messages of bounded length, each within a deadline."""
 
@@ -108,9 +152,11 @@ class _Reader:
             try:
                 marker, data = await within(self._read_one(), self._timeout_s, "reading a stream", self._peer)
             except (asyncio.IncompleteReadError, OSError):
-                if self._must_end:
-                    raise PeerGone("the stream was cut off", peer=self._peer) from None
-                return  # how a stock server ends a stream
+                raise PeerGone("the stream was cut off", peer=self._peer) from None
+            if not marker and not self._must_end:
+                return  # how a server ends a stream
+            if not marker:
+                raise PeerGone("the stream ended before the request did", peer=self._peer)
             if marker == _END:
                 error = RPCError()
                 error.ParseFromString(data)
@@ -125,7 +171,10 @@ class _Reader:
             yield message
 
     async def _read_one(self) -> tuple[bytes, bytes]:
-        marker = await self._reader.readexactly(1)
+        """Marker and message; no marker at the end of the stream."""
+        marker = await self._reader.read(1)
+        if not marker:
+            return marker, b""
         length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
         if marker not in (_MESSAGE, _END) or length > MAX_MESSAGE_BYTES:
             raise ProtocolError(
@@ -184,7 +233,7 @@ class LibP2PTransport:
                 if not self.is_connected:
                     await self.close()
                     try:
-                        self._p2p = await P2P.replicate(Multiaddr(self._daemon_maddr))
+                        self._p2p = await _connect(self._daemon_maddr)
                     except (OSError, P2PDaemonError) as e:
                         raise ConnectError(f"cannot reach this process's own libp2p daemon: {e}") from e
         assert self._p2p is not None
@@ -192,9 +241,8 @@ class LibP2PTransport:
 
     @property
     def is_connected(self) -> bool:
-        """False before the first call, and when the daemon has gone. (hivemind's own ``is_alive`` does not notice.)"""
-        reading = None if self._p2p is None else self._p2p._client.control._read_task
-        return reading is not None and not reading.done()
+        """False before the first call, and when the daemon has gone."""
+        return _is_connected(self._p2p)
 
     async def info(self, peer: PeerIDLike, uid: str, *, timeout_s: float | None) -> ExpertDescription:
         """See ExpertTransport."""
@@ -209,6 +257,18 @@ class LibP2PTransport:
         """See ExpertTransport."""
         name = peer.to_base58()
         return await within(self._call(_peer_id(peer), name, call), timeout_s, f"{call.method} of {call.uid}", name)
+
+    async def ticket(self, peer: PeerIDLike, *, timeout_s: float | None) -> Ticket:
+        """A ticket for a direct link to this peer.
+
+        :raises MoEError: the peer has none to give
+        """
+        name = peer.to_base58()
+        with _translated(name, ""):
+            p2p = await within(self._connected(), timeout_s, "connecting to libp2p", name)
+            call = p2p.call_protobuf_handler(_peer_id(peer), RPC_TICKET, ExpertUID(), ExpertResponse)
+            answer = await within(call, timeout_s, "asking for a direct link", name)
+        return decode_ticket(answer.metadata)
 
     async def close(self) -> None:
         """Close the connection to the daemon; the daemon itself belongs to the DHT."""
@@ -247,7 +307,7 @@ async def _stream_call(
     p2p: P2P, peer_id: PeerID, name: str, call: Call, requests: Iterable[Any]
 ) -> tuple[ReplyHeader | None, list[EncodedTensor]]:
     handle = _RPC_OF_METHOD[call.method] + STREAM_SUFFIX
-    _, reader, writer = await p2p.call_binary_stream_handler(peer_id, handle)
+    reader, writer = await _open_stream(p2p, peer_id, handle)
     header: ReplyHeader | None = None
     assembler = TensorAssembler(_ReplyGate(4 * call.reply_bytes + 2**26))
     sending = asyncio.create_task(_send_all(writer, requests))
@@ -313,7 +373,7 @@ def _translated(peer: str, uid: str) -> Any:
         if any(sign in text for sign in _NOT_REACHED):
             raise ConnectError(f"the peer cannot be reached: {text}", peer=peer, uid=uid) from None
         if "protocol" in text and "not supported" in text:
-            raise RemoteError("the peer does not serve experts (any more)", peer=peer, uid=uid) from None
+            raise Unavailable("the peer does not serve experts (any more)", peer=peer, uid=uid) from None
         raise TransportError(text, peer=peer, uid=uid) from None
     except (OSError, asyncio.IncompleteReadError) as e:
         raise PeerGone(f"the connection broke: {e!r}", peer=peer, uid=uid) from None
@@ -327,60 +387,94 @@ class LibP2PServer:
 
     :param daemon_maddr: control address of the daemon
     :param service: what serves the requests
+    :param issue_ticket: makes a ticket for a peer that asks for a direct link; None: there are no direct links
     """
 
-    def __init__(self, daemon_maddr: str, service: ExpertService):
-        self._daemon_maddr, self._service = daemon_maddr, service
+    def __init__(self, daemon_maddr: str, service: ExpertService, issue_ticket: Callable[[str], Ticket] | None = None):
+        self._daemon_maddr, self._service, self._issue_ticket = daemon_maddr, service, issue_ticket
         self._p2p: P2P | None = None
-        self._streams: set[asyncio.Task[None]] = set()
+        self._requests: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Register the handlers. Requests may arrive before this returns."""
-        self._p2p = p2p = await P2P.replicate(Multiaddr(self._daemon_maddr))
+        self._p2p = p2p = await _connect(self._daemon_maddr)
         await p2p.add_protobuf_handler(RPC_INFO, self._info, ExpertUID, balanced=True)
+        if self._issue_ticket is not None:
+            await p2p.add_protobuf_handler(RPC_TICKET, self._ticket, ExpertUID, balanced=True)
         for method, handle in _RPC_OF_METHOD.items():
             await p2p.add_protobuf_handler(handle, self._unary(method), ExpertRequest, balanced=True)
             await p2p.add_binary_stream_handler(handle + STREAM_SUFFIX, self._stream(method), balanced=True)
 
-    async def stop(self) -> None:
-        """Unregister the handlers and drop what is in flight."""
+    @property
+    def is_connected(self) -> bool:
+        """False when the daemon has gone, and nobody can call any more."""
+        return _is_connected(self._p2p)
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Take no more requests, send the answers of those in flight, end those that have none.
+
+        :param grace_s: for answers to be sent
+        """
         if self._p2p is None:
             return
         p2p, self._p2p = self._p2p, None
         with contextlib.suppress(Exception):  # the daemon may be gone already
             await asyncio.wait_for(self._unregister(p2p), timeout=2.0)
-        for task in list(self._streams):
+        if self._requests:
+            await asyncio.wait(self._requests, timeout=grace_s)
+        for task in self._requests:
             task.cancel()
-        if self._streams:
-            await asyncio.wait(self._streams, timeout=1.0)
+        if self._requests:
+            await asyncio.wait(self._requests, timeout=1.0)
+        with contextlib.suppress(Exception):  # one more question to the daemon: it reads what comes before it
+            await asyncio.wait_for(p2p.remove_protobuf_handler(RPC_INFO), timeout=1.0)
         await p2p.shutdown()
 
     async def _unregister(self, p2p: P2P) -> None:
-        await p2p.remove_protobuf_handler(RPC_INFO)
+        if self._issue_ticket is not None:
+            await p2p.remove_protobuf_handler(RPC_TICKET)
         for handle in _RPC_OF_METHOD.values():
             await p2p.remove_protobuf_handler(handle)
             await p2p.remove_binary_stream_handler(handle + STREAM_SUFFIX)
 
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[None]:
+        """The running task serves a request."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
+        try:
+            yield
+        finally:
+            self._requests.discard(task)
+
     async def _info(self, request: Any, context: P2PContext) -> Any:
         return ExpertInfo(serialized_info=encode_info(self._service.describe(request.uid)))
+
+    async def _ticket(self, request: Any, context: P2PContext) -> Any:
+        assert self._issue_ticket is not None
+        return ExpertResponse(metadata=encode_ticket(self._issue_ticket(context.remote_id.to_base58())))
 
     # --- unary -------------------------------------------------------------------------------------------------------
 
     def _unary(self, method: str) -> Callable[[Any, P2PContext], Awaitable[Any]]:
         async def handle(request: Any, context: P2PContext) -> Any:
             native = bool(request.metadata)
-            try:
-                reply = await self._serve_unary(method, request, context.remote_id.to_base58())
-                tensors = await self._encode(reply)
-                size_bytes = sum(len(tensor.buffer) for tensor in tensors)
-                if size_bytes > 2 * MAX_UNARY_BYTES - 2**16:
-                    raise ReplyTooLarge(f"the reply of {size_bytes} bytes is too large for a unary call; use a stream")
-                metadata = encode_header(reply.header or ReplyHeader()) if native else b""
-                return ExpertResponse(tensors=[to_message(tensor) for tensor in tensors], metadata=metadata)
-            except MoEError as e:
-                if not native:
-                    raise  # hivemind relays the repr
-                return ExpertResponse(metadata=encode_header(ReplyHeader(error=WireError.from_exception(e))))
+            with self._request():
+                try:
+                    reply = await self._serve_unary(method, request, context.remote_id.to_base58())
+                    tensors = await self._encode(reply)
+                    size_bytes = sum(len(tensor.buffer) for tensor in tensors)
+                    if size_bytes > 2 * MAX_UNARY_BYTES - 2**16:
+                        raise ReplyTooLarge(f"{size_bytes} bytes are too large for a unary reply; use a stream")
+                    metadata = encode_header(reply.header or ReplyHeader()) if native else b""
+                    return ExpertResponse(tensors=[to_message(tensor) for tensor in tensors], metadata=metadata)
+                except MoEError as e:
+                    if not native:
+                        raise  # hivemind relays the repr
+                    return ExpertResponse(metadata=encode_header(ReplyHeader(error=WireError.from_exception(e))))
+                except asyncio.CancelledError:  # hivemind never forgets a handler that ends with this
+                    raise PeerGone("the caller has gone") from None
 
         return handle
 
@@ -388,11 +482,13 @@ class LibP2PServer:
         header = decode_request_header(request.metadata)
         admission = self._service.open(peer, method, _checked_uid(request.uid), header)
         try:
-            encoded = [from_message(message) for message in request.tensors]
-            for index, tensor in enumerate(encoded):
+            encoded = []
+            for index, message in enumerate(request.tensors):  # one by one: refused before the next is looked at
+                tensor = from_message(message)
                 limit = admission.admit(index, tensor.shape, tensor.dtype, tensor.codec)
                 if len(tensor.buffer) > limit:
                     raise ProtocolError(f"tensor {index} has {len(tensor.buffer)} bytes, its shape allows {limit}")
+                encoded.append(tensor)
             size_bytes = sum(len(tensor.buffer) for tensor in encoded)
             return await admission.run(await _in_thread(size_bytes, _decode_all, encoded))
         finally:
@@ -407,15 +503,12 @@ class LibP2PServer:
 
     def _stream(self, method: str) -> Callable[..., Awaitable[None]]:
         async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            self._streams.add(task)
             try:
-                await self._serve_stream(method, info.peer_id.to_base58(), reader, writer)
-            except (OSError, asyncio.IncompleteReadError):
+                with self._request():
+                    await self._serve_stream(method, info.peer_id.to_base58(), reader, writer)
+            except OSError:
                 logger.debug("a peer left in the middle of a stream", exc_info=True)
             finally:
-                self._streams.discard(task)
                 writer.close()
 
         return handle
@@ -453,6 +546,7 @@ class LibP2PServer:
             else:
                 _write(writer, RPCError(message=f"{type(e).__name__}({e.message!r})"), _END)
             await within(writer.drain(), self._service.read_timeout_s, "sending an error", peer)
+            await _linger(reader)
 
 
 async def _receive(first: Any, requests: AsyncIterator[Any], assembler: TensorAssembler) -> None:
@@ -463,6 +557,18 @@ async def _receive(first: Any, requests: AsyncIterator[Any], assembler: TensorAs
             raise ProtocolError(f"Expert uids differ in one request: {first.uid!r} and {request.uid!r}")
         for part in request.tensors:
             assembler.feed(part)
+
+
+async def _linger(reader: asyncio.StreamReader) -> None:
+    """Read on, for nothing, until the caller closes: closing before it, with requests unread, would reset the stream, and
+    the error on its way with it."""
+
+    async def discard() -> None:
+        while await reader.read(_SMALL_BYTES):
+            pass
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(discard(), _LINGER_S)
 
 
 async def _unless_closed(serving: Any, reader: asyncio.StreamReader) -> Reply:

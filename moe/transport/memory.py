@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from moe.errors import ConnectError, MoEError
 from moe.expert_uid import PeerIDLike
 from moe.transport.base import Call, ExpertService, Reply, within
@@ -81,7 +83,7 @@ class MemoryTransport:
     async def close(self) -> None:
         """Nothing to close."""
 
-    async def _serve(self, service: ExpertService, call: Call) -> tuple[bytes, list[object]]:
+    async def _serve(self, service: ExpertService, call: Call) -> tuple[bytes, list[torch.Tensor]]:
         encoded = [encode_tensor(tensor, codec) for tensor, codec in zip(call.tensors, call.codecs)]
         metadata = encode_header(call.header) if call.header is not None else b""
         try:

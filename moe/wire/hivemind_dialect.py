@@ -20,7 +20,7 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from moe.errors import ProtocolError, SchemaError
 from moe.schema import DTYPES, BatchTensorProto, Compression, ExpertSchema, Nested, TensorProto
 from moe.wire.messages import MAX_DEPTH_INFO, MAX_INFO_BYTES, MAX_STOCK_BATCH, ExpertDescription
-from moe.wire.tensors import EncodedTensor
+from moe.wire.tensors import MAX_DIMENSIONS, EncodedTensor
 
 ExpertRequest = runtime_pb2.ExpertRequest
 ExpertResponse = runtime_pb2.ExpertResponse
@@ -30,6 +30,7 @@ ExpertInfo = runtime_pb2.ExpertInfo
 SERVICE = "ConnectionHandler"  # stock handle names are "<servicer class>.<method>"
 RPC_INFO, RPC_FORWARD, RPC_BACKWARD = f"{SERVICE}.rpc_info", f"{SERVICE}.rpc_forward", f"{SERVICE}.rpc_backward"
 STREAM_SUFFIX = "_stream"
+RPC_TICKET = "moe.rpc_ticket"  # ours: asks for a direct link; the answer rides in ``metadata``
 
 CHUNK_BYTES = DEFAULT_MAX_MSG_SIZE  # hivemind.moe splits tensors into parts of 4 MiB
 MAX_UNARY_BYTES = DEFAULT_MAX_MSG_SIZE // 2  # hivemind's limit for a unary payload, leaves room for the envelope
@@ -52,9 +53,9 @@ def to_message(encoded: EncodedTensor) -> Any:
 def from_message(message: Any) -> EncodedTensor:
     """Protobuf Tensor -> encoded tensor.
 
-    :raises ProtocolError: unknown codec
+    :raises ProtocolError: unknown codec, or no shape a tensor can have
     """
-    return EncodedTensor(message.dtype, tuple(message.size), _codec(message), message.buffer)
+    return EncodedTensor(message.dtype, _shape(message), _codec(message), message.buffer)
 
 
 def stream_parts(encoded: EncodedTensor) -> Iterator[Any]:
@@ -122,9 +123,11 @@ class TensorAssembler:
             if not part.dtype:
                 raise ProtocolError("a tensor stream must begin with a part that says dtype and shape")
             self._finish_one()
-            shape, codec = tuple(part.size), _codec(part)
+            shape, codec = _shape(part), _codec(part)
             self._limit = self._gate.admit(len(self._done), shape, part.dtype, codec)
             self._head = (part.dtype, shape, codec)
+        elif not part.buffer:
+            raise ProtocolError(f"a part of tensor {len(self._done)} has nothing in it")
         if len(self._buffer) + len(part.buffer) > self._limit:
             raise ProtocolError(
                 f"tensor {len(self._done)} sends more than the {self._limit} bytes that its declared shape allows"
@@ -141,6 +144,12 @@ class TensorAssembler:
             dtype, shape, codec = self._head
             self._done.append(EncodedTensor(dtype, shape, codec, self._buffer))
             self._head, self._buffer = None, bytearray()
+
+
+def _shape(message: Any) -> tuple[int, ...]:
+    if len(message.size) > MAX_DIMENSIONS:
+        raise ProtocolError(f"a tensor of {len(message.size)} axes; at most {MAX_DIMENSIONS} are allowed")
+    return tuple(message.size)
 
 
 def _codec(message: Any) -> Compression:
@@ -172,7 +181,7 @@ def encode_info(description: ExpertDescription) -> bytes:
     names = schema.required
     if blockers:
         names = (f"<cannot be called by stock hivemind: {', '.join(blockers)} global; use the moe client>", *names)
-    return MSGPackSerializer.dumps(
+    info: bytes = MSGPackSerializer.dumps(
         {
             "forward_schema": (_descriptors(schema.args), _descriptors(required)),
             "outputs_schema": _descriptors(schema.outputs),
@@ -180,6 +189,7 @@ def encode_info(description: ExpertDescription) -> bytes:
             _NATIVE_KEY: msgspec.msgpack.encode(description),
         }
     )
+    return info
 
 
 def decode_info(data: bytes) -> ExpertDescription:

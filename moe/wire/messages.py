@@ -130,7 +130,8 @@ def decode_request_header(data: bytes) -> RequestHeader | None:
     """
     if not data:
         return None
-    return _checked(_request_decoder, data, "request")
+    header: RequestHeader = _checked(_request_decoder, data, "request")
+    return header
 
 
 def decode_reply_header(data: bytes) -> ReplyHeader | None:
@@ -141,7 +142,8 @@ def decode_reply_header(data: bytes) -> ReplyHeader | None:
     """
     if not data:
         return None
-    return _checked(_reply_decoder, data, "reply")
+    header: ReplyHeader = _checked(_reply_decoder, data, "reply")
+    return header
 
 
 def _checked(decoder: Any, data: bytes, what: str) -> Any:

@@ -114,7 +114,7 @@ def check_codec_available(codec: int) -> None:
 def _raw_view(tensor: torch.Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _decode_raw(encoded: EncodedTensor, dtype: torch.dtype, numel: int, size_bytes: int) -> torch.Tensor:
@@ -134,25 +134,30 @@ def _decode_raw(encoded: EncodedTensor, dtype: torch.dtype, numel: int, size_byt
 
 
 def _decode_lossy(encoded: EncodedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """hivemind's layouts (``hivemind/compression``), read here: its own readers take buffers of wrong length, warn of
+    read-only arrays, and fail with NumPy 2.4 and later (int() of a one-element array) or without bitsandbytes."""
+    raw, numel = bytearray(encoded.buffer), count_values(encoded.shape)
     if encoded.codec in (Compression.FLOAT16, Compression.MEANSTD_16BIT):
-        from hivemind.compression import deserialize_torch_tensor
-        from hivemind.proto import runtime_pb2
-
-        message = runtime_pb2.Tensor(
-            buffer=bytes(encoded.buffer), size=encoded.shape, dtype=encoded.dtype, compression=int(encoded.codec)
+        rows = numel // max(1, encoded.shape[-1]) if encoded.codec == Compression.MEANSTD_16BIT else 0
+        if len(raw) != 2 * numel + 8 * rows:
+            raise ValueError(f"{len(raw)} bytes instead of {2 * numel + 8 * rows}")
+        values = torch.frombuffer(raw, dtype=torch.float16, count=numel).to(dtype).reshape(encoded.shape)
+        if not rows:
+            return values
+        means, stds = (
+            torch.frombuffer(raw, dtype=torch.float32, offset=offset, count=rows).reshape(*encoded.shape[:-1], 1)
+            for offset in (2 * numel, 2 * numel + 4 * rows)
         )
-        return deserialize_torch_tensor(message)
-    # The 8-bit layouts of hivemind/compression/quantization.py, read here: its own reader fails with NumPy 2.4 and later
-    # (int() of a one-element array), and its blockwise reader needs bitsandbytes for a table look-up.
-    raw = np.frombuffer(encoded.buffer, dtype=np.uint8)
+        return values.mul_(stds).add_(means)
     blockwise = encoded.codec == Compression.BLOCKWISE_8BIT
-    lengths = raw[: 16 if blockwise else 8].view(np.int64).tolist()
+    array = np.frombuffer(raw, dtype=np.uint8)
+    lengths = array[: 16 if blockwise else 8].view(np.int64).tolist()
     if any(not 0 <= length <= len(raw) // 4 for length in lengths):
         raise ValueError(f"table lengths {lengths}")
     tables_end = 8 * len(lengths) + 4 * sum(lengths)
-    tables = torch.from_numpy(raw[8 * len(lengths) : tables_end].view(np.float32).copy())
-    indices = torch.from_numpy(raw[tables_end:].astype(np.int64))
-    scales, codebook = tables.split([lengths[0], lengths[1]]) if blockwise else (None, tables)
+    tables = torch.from_numpy(array[8 * len(lengths) : tables_end].view(np.float32))
+    indices = torch.from_numpy(array[tables_end:].astype(np.int64))
+    scales, codebook = torch.split(tables, lengths) if blockwise else (None, tables)
     values = codebook[indices]
     if scales is not None:
         values *= scales.repeat_interleave(_BLOCKWISE_BLOCK)[: len(values)]

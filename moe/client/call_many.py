@@ -1,0 +1,165 @@
+"""One call of many experts. Owns: what each of them is sent, and how their outputs and gradients come together.
+
+Everything is flat tensors on CPU. Must not know: autograd, gating, or how experts were chosen.
+
+Legend: B = rows of the batch, E = distinct experts, N = (row, expert) pairs grouped by expert.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from moe.client.calls import Gradients
+from moe.client.expert import RemoteExpert
+from moe.client.fan_out import Assignment, Indices, Quorum, fan_out
+from moe.errors import MoEError, NonFiniteError, ProtocolError, SchemaError, TooFewExperts
+from moe.schema import Entry, ExpertSchema, gradient_entries, validate
+from moe.transport.base import Budget
+
+
+class NonFiniteInput(NonFiniteError, ValueError):
+    """The caller's own tensors have nan or inf; nothing was sent. A ValueError, as hivemind's users expect."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One expert and its rows of the inputs."""
+
+    expert: RemoteExpert
+    rows: torch.Tensor
+    tensors: list[torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class CallMany:
+    """One call, forward and perhaps backward, without its tensors.
+
+    :ivar number: tells calls of one mixture apart
+    :ivar schema: what all these experts take and return
+    :ivar present: names of the optional kwargs given
+    :ivar assignment: which rows go to which expert
+    :ivar experts: in the order of the assignment
+    """
+
+    number: int
+    schema: ExpertSchema
+    present: tuple[str, ...]
+    assignment: Assignment
+    experts: tuple[RemoteExpert, ...]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The inputs, flat."""
+        return self.schema.input_entries(self.present)
+
+    def check(self, inputs: Sequence[torch.Tensor], *, finite: bool) -> None:
+        """Raise unless the inputs fit the schema, and the schema a mixture.
+
+        :param finite: also refuse nan and inf
+        :raises SchemaError: what does not fit
+        :raises NonFiniteInput: what is not finite
+        """
+        if not self.entries[0].proto.batched:
+            raise SchemaError(f"{self.entries[0].path}: the experts' first argument is global to the call: no row to route")
+        for entry in self.schema.output_entries:
+            if not entry.proto.batched:
+                raise SchemaError(f"{entry.path} belongs to the whole call ({entry.proto}): such experts cannot be mixed")
+        if not self.schema.output_entries:
+            raise SchemaError("these experts return nothing that could be mixed")
+        validate(self.entries, inputs, rows=self.assignment.batch_size)
+        if finite:
+            _check_finite(self.entries, inputs, "inputs")
+
+    def quorum(self, needed_B: Indices, *, zeros_allowed: bool) -> Quorum:
+        """Counts the answers of these experts."""
+        return Quorum(self.assignment.rows_E, needed_B, zeros_allowed=zeros_allowed)
+
+    def requests(self, inputs: Sequence[torch.Tensor]) -> list[Request]:
+        """For each expert its rows of the inputs; global tensors whole."""
+        requests = []
+        for expert, rows in zip(self.experts, map(torch.from_numpy, self.assignment.rows_E)):
+            own = [t.index_select(0, rows) if entry.proto.batched else t for entry, t in zip(self.entries, inputs)]
+            requests.append(Request(expert, rows, own))
+        return requests
+
+    def keep(self, kept_E: Sequence[bool]) -> CallMany:
+        """The same with these experts only."""
+        experts = tuple(expert for expert, kept in zip(self.experts, kept_E) if kept)
+        kept_N = np.array(kept_E, bool)[self.assignment.experts_N]
+        return replace(self, assignment=self.assignment.keep(kept_N), experts=experts)
+
+    # --- in the client's event loop ---------------------------------------------------------------------------------
+
+    async def forward(
+        self, requests: Sequence[Request], quorum: Quorum, budget: Budget, after_quorum_s: float | None
+    ) -> list[list[torch.Tensor] | MoEError]:
+        """Outputs of each expert for its rows, or why there are none."""
+        sizes: list[list[torch.Size]] = []  # of the answers so far: "any length" must be the same for all
+
+        async def one(request: Request) -> list[torch.Tensor]:
+            outputs = await request.expert.caller.forward(request.tensors, self.present, budget)
+            validate(self.schema.output_entries, outputs, rows=len(request.rows), what="outputs")
+            own = [output.shape[1:] for output in outputs]
+            if sizes and own != sizes[0]:
+                raise ProtocolError(f"its outputs have sizes {own}, those of other experts {sizes[0]}")
+            sizes.append(own)
+            return outputs
+
+        calls = [one(request) for request in requests]
+        return await fan_out(calls, quorum, timeout_s=budget.left_s(), after_quorum_s=after_quorum_s)
+
+    async def backward(
+        self,
+        requests: Sequence[Request],
+        grad_outputs: Sequence[torch.Tensor],
+        wants: Sequence[bool],
+        quorum: Quorum,
+        budget: Budget,
+        after_quorum_s: float | None,
+    ) -> list[Gradients | MoEError]:
+        """Gradients of each expert's inputs, or why there are none.
+
+        :param grad_outputs: of the floating-point outputs, (N, ...)
+        :param wants: which inputs want a gradient
+        """
+
+        async def one(request: Request, grads: Sequence[torch.Tensor]) -> Gradients:
+            description, _ = await request.expert.caller.describe(budget)
+            if not description.trainable and not any(wants):
+                return [None] * len(wants)
+            return await request.expert.caller.backward(request.tensors, grads, self.present, wants, budget)
+
+        grads_E = zip(*(grad.split_with_sizes([len(r.rows) for r in requests]) for grad in grad_outputs))
+        calls = [one(request, grads) for request, grads in zip(requests, grads_E)]
+        return await fan_out(calls, quorum, timeout_s=budget.left_s(), after_quorum_s=after_quorum_s)
+
+    # --- what came back ---------------------------------------------------------------------------------------------
+
+    def join_outputs(
+        self, outputs_E: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Outputs of these experts, each (N, ...).
+
+        :param inputs: of the call; if there are no experts, they tell how long an axis of any length is
+        :raises TooFewExperts: there are no experts, and no axis of the input that is as long as the output's
+        """
+        if outputs_E:
+            return [torch.cat(parts) for parts in zip(*outputs_E)]
+        known = dict(enumerate(inputs[0].shape[1:]))
+        outputs = []
+        for path, proto in self.schema.output_entries:
+            sizes = []
+            for axis, size in enumerate(proto.sizes):
+                ...
+        return outputs
+
+    def sum_gradients(
+        self, requests: Sequence[Request], grads_E: Sequence[Gradients | MoEError], inputs: Sequence[torch.Tensor], wants: Sequence[bool]
+    ) -> Gradients:
+        ...

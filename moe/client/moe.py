@@ -1,0 +1,496 @@
+"""RemoteMixtureOfExperts: a local gate over remote experts. Owns: gating, mixing, and their gradients.
+
+One beam search for a batch, one request per expert and pass: rows are grouped by expert, tensors that are global to the
+call go to each expert whole. Who gets which row and how long to wait is ``fan_out``'s, requests and retries are
+``ExpertCaller``'s, finding experts is the beam search's. Must not know: what is in the DHT, or how bytes travel.
+
+Legend: B = rows of the batch, K = experts per row, E = distinct experts, N = (row, expert) pairs grouped by expert.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from moe.client.beam_search import MoEBeamSearcher
+from moe.client.calls import Gradients
+from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
+from moe.client.fan_out import Assignment, GivenUp, Indices, Quorum, fan_out, name_rows
+from moe.config import ClientConfig, check_positive, replace_known
+from moe.errors import (
+    ConfigError,
+    MoEError,
+    NoExpertsFound,
+    NonFiniteError,
+    ProtocolError,
+    SchemaError,
+    TooFewExperts,
+)
+from moe.expert_uid import ExpertInfo
+from moe.schema import Entry, ExpertSchema, Nested, validate
+from moe.transport.base import BACKWARD, FORWARD, Budget
+from moe.transport.event_loop import client_loop
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = ClientConfig(max_retries=1)  # ours: the other experts of a row stand in for one that keeps failing
+MAX_REMEMBERED_EXPERTS = 4096  # whose description is kept; ours, a few KiB each
+RESOLVE_TIMEOUT_S = 15.0  # to learn from the DHT how to open connections; once per process
+
+
+class BeamSearcher(Protocol):
+    """What a mixture needs of its beam search; MoEBeamSearcher, unless told."""
+
+    @property
+    def uid_prefix(self) -> str:
+        """What the uids of all experts begin with; ends with a dot."""
+        ...
+
+    @property
+    def grid_size(self) -> Sequence[int]:
+        """Size of each dimension."""
+        ...
+
+    def search(
+        self, batch_scores: Sequence[Any], beam_size: int, *, timeout_s: float | None
+    ) -> Sequence[Sequence[ExpertInfo]]:
+        """The best live experts of each row, best first; never one with a coordinate scored -inf.
+
+        :param batch_scores: for each dimension, scores of shape (B, size of the dimension)
+        """
+        ...
+
+    def forget(self, uid: str) -> None:
+        """This expert has failed; do not offer it again from memory."""
+        ...
+
+    def no_experts_found(self) -> NoExpertsFound:
+        """What to raise when nobody was found."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEStatistics:
+    """What the latest forward and its backward did.
+
+    :ivar rows_per_expert: rows sent to each expert
+    :ivar forward_failures: uid -> why it gave no outputs; its rows were mixed without it
+    :ivar backward_failures: uid -> why it gave no gradients; it counted as a constant
+    :ivar search_s: time for the beam search
+    :ivar forward_s: time for the forward calls, from the end of the search to the last answer used
+    :ivar backward_s: time for the backward calls; 0 before there was one
+    :ivar total_forward_failures: since the module was made
+    :ivar total_backward_failures: since the module was made
+    """
+
+    rows_per_expert: Mapping[str, int] = field(default_factory=dict)
+    forward_failures: Mapping[str, str] = field(default_factory=dict)
+    backward_failures: Mapping[str, str] = field(default_factory=dict)
+    search_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    total_forward_failures: int = 0
+    total_backward_failures: int = 0
+
+
+class RemoteMixtureOfExperts(nn.Module):
+    """Mixes the outputs of the ``k_best`` remote experts that a local gate scores highest, row by row.
+
+    An expert that fails in forward is left out of the mixture; one that fails in backward counts as a constant. Outputs
+    and gradients come back on the device and in the dtype of the input.
+
+    :param in_features: size of the input's last axis
+    :param grid_size: dimensions of the grid of experts
+    :param dht: where experts are searched, and what calls go through
+    :param uid_prefix: experts are named ``{uid_prefix}.{0...grid_size[0]}.{0...grid_size[1]}...``
+    :param k_best: experts per row
+    :param k_min: experts that must answer, for each row
+    :param forward_timeout: seconds for all of a forward: search, descriptions, requests; None: config.total_timeout_s
+    :param timeout_after_k_min: seconds to wait for the rest once every row has k_min answers, in forward and in backward;
+        with a k_min of 0 they begin at once. None: as long as the pass may take
+    :param backward_k_min: experts that must give gradients, for each row
+    :param backward_timeout: seconds for all of a backward; None: config.total_timeout_s
+    :param detect_anomalies: refuse non-finite inputs and gradients; an expert that returns such has failed
+    :param allow_zero_outputs: rows that no expert answers become zeros, whatever k_min says
+    :param num_workers: of the beam search, see MoEBeamSearcher
+    :param negative_caching: of the beam search
+    :param cache_expiration: of the beam search
+    :param config: deadlines and retries; by default an expert gets one more attempt
+    :param beam_search: chooses experts in place of a MoEBeamSearcher
+    :raises ConfigError: settings that make no sense or contradict each other
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        grid_size: Sequence[int],
+        dht: Any,
+        uid_prefix: str,
+        k_best: int,
+        k_min: int = 1,
+        forward_timeout: float | None = None,
+        timeout_after_k_min: float | None = None,
+        backward_k_min: int = 1,
+        backward_timeout: float | None = None,
+        detect_anomalies: bool = False,
+        allow_zero_outputs: bool = False,
+        num_workers: int | None = None,
+        negative_caching: bool = True,
+        cache_expiration: float = 30.0,
+        config: ClientConfig | None = None,
+        beam_search: BeamSearcher | None = None,
+    ):
+        super().__init__()
+        self.dht = dht
+        self.k_best, self.k_min, self.backward_k_min = k_best, k_min, backward_k_min
+        self.forward_timeout, self.backward_timeout = forward_timeout, backward_timeout
+        self.timeout_after_k_min = timeout_after_k_min
+        self.detect_anomalies, self.allow_zero_outputs = detect_anomalies, allow_zero_outputs
+        check_positive(self, "k_best", allow_none=False)
+        check_positive(self, "k_min", "backward_k_min", allow_none=False, allow_zero=True)
+        check_positive(self, "forward_timeout", "backward_timeout")
+        check_positive(self, "timeout_after_k_min", allow_zero=True)
+        if max(k_min, backward_k_min) > k_best:
+            raise ConfigError(f"k_min={k_min} and backward_k_min={backward_k_min} cannot exceed k_best={k_best}")
+        self.config: ClientConfig = replace_known(config or DEFAULT_CONFIG, detect_anomalies=detect_anomalies or None)
+        self.beam_search: BeamSearcher = beam_search or MoEBeamSearcher(
+            dht, uid_prefix, tuple(grid_size), num_workers, negative_caching, cache_expiration
+        )
+        self.proj = nn.Linear(in_features, sum(grid_size))  # logits for all dimensions of the grid
+        self._experts: dict[ExpertInfo, RemoteExpert] = {}  # least recently used first
+        self._typical: tuple[RemoteExpert, ExpertSchema] | None = None  # whose description stands for all
+        self._statistics = MoEStatistics()
+        self._numbers = itertools.count(1)  # of calls
+        self._latest_call = 0
+
+    def extra_repr(self) -> str:
+        """For repr."""
+        grid = f"uid_prefix={self.beam_search.uid_prefix!r}, grid_size={tuple(self.beam_search.grid_size)}"
+        return f"{grid}, k_best={self.k_best}, k_min={self.k_min}"
+
+    def statistics(self) -> MoEStatistics:
+        """What the latest forward and its backward did."""
+        return self._statistics
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the experts take and return, as ``RemoteExpert.info`` of one of them.
+
+        :raises NoExpertsFound: there are none
+        """
+        return self._describe_any(self._forward_budget())[0].info
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        *args: Nested,
+        batch_kwargs: Mapping[str, Nested] | None = None,
+        global_kwargs: Mapping[str, Nested] | None = None,
+        **kwargs: Nested,
+    ) -> Nested:
+        """Choose experts for each row, call them, and average what they return by the gate's softmax.
+
+        :param input: first argument of the experts, (B, ..., in_features); the gate sees its mean over the middle axes
+        :param args: further arguments of the experts
+        :param batch_kwargs: kwargs that you hold to be batched; checked against the experts' schema
+        :param global_kwargs: kwargs that you hold to be global to the call; checked likewise
+        :param kwargs: keyword inputs; batched ones are dispatched with their rows, global ones go to every expert whole
+        :returns: averaged outputs, nested as the experts return them
+        :raises SchemaError: inputs that do not fit, before anything is sent
+        :raises NoExpertsFound: no live expert is known
+        :raises TooFewExperts: fewer than k_min answered for some rows
+        """
+        grid_scores = self._grid_scores(self._gating_input(input))
+        answers = self._call_experts(grid_scores, (input, *args), kwargs, batch_kwargs, global_kwargs)
+        scores_N = self._pair_scores(grid_scores, answers.assignment)
+        return answers.schema.pack_outputs(answers.mix(_softmax_by_row(scores_N, answers.assignment)))
+
+    def compute_expert_scores(
+        self, grid_scores: Sequence[torch.Tensor], batch_experts: Sequence[Sequence[Any]]
+    ) -> torch.Tensor:
+        """Scores of chosen experts, from those of the grid; differentiable.
+
+        :param grid_scores: for each dimension, (B, size)
+        :param batch_experts: for each row, up to K experts (whatever has a ``uid``)
+        :returns: (B, K); where a row has fewer experts, -inf
+        """
+        assignment = Assignment.of(batch_experts, self.beam_search.uid_prefix, len(self.beam_search.grid_size))
+        return _as_table(self._pair_scores(grid_scores, assignment), assignment)
+
+    def _gating_input(self, input: torch.Tensor) -> torch.Tensor:
+        """(B, in_features), in the gate's own dtype."""
+        if not isinstance(input, torch.Tensor) or input.ndim < 2 or input.shape[-1] != self.proj.in_features:
+            what = tuple(input.shape) if isinstance(input, torch.Tensor) else type(input).__name__
+            raise SchemaError(f"input: expected a tensor (batch, ..., {self.proj.in_features}), got {what}")
+        if input.ndim == 2:
+            return input.to(self.proj.weight.dtype)
+        return input.mean(dim=tuple(range(1, input.ndim - 1)), dtype=self.proj.weight.dtype)
+
+    def _grid_scores(self, gating_input: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For each dimension, (B, size); at least float32, for softmax and numpy."""
+        scores: torch.Tensor = self.proj(gating_input)
+        scores = scores.float() if scores.itemsize < 4 else scores
+        return scores.split_with_sizes(list(self.beam_search.grid_size), dim=-1)
+
+    def _pair_scores(self, grid_scores: Sequence[torch.Tensor], assignment: Assignment) -> torch.Tensor:
+        """(N,): the score of each pair, the sum over dimensions."""
+        return gather_by_dim(grid_scores, assignment).sum(0)
+
+    # --- calling experts --------------------------------------------------------------------------------------------
+
+    def _call_experts(
+        self,
+        grid_scores: Sequence[torch.Tensor],
+        args: tuple[Nested, ...],
+        kwargs: Mapping[str, Nested],
+        batch_kwargs: Mapping[str, Nested] | None,
+        global_kwargs: Mapping[str, Nested] | None,
+    ) -> _Answers:
+        """Find the best experts of each row and call them; gradients flow from the answers to args and kwargs."""
+        budget, started = self._forward_budget(), time.perf_counter()
+        assignment = self._search(grid_scores, budget)
+        searched = time.perf_counter()
+        experts = self._remote_experts(assignment.experts_E, budget)
+        schema = self._describe(experts, budget)
+        present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
+        call = _Call(next(self._numbers), schema, present, assignment, tuple(experts))
+        sent = to_wire(schema, present, tensors)
+        _check_mixable(schema, call.entries[0])
+        validate(call.entries, sent)
+        if self.detect_anomalies:
+            _check_finite(call.entries, sent, "inputs")
+
+        k_min = self.k_min if self.allow_zero_outputs else max(self.k_min, 1)
+        quorum = call.quorum(np.full(assignment.batch_size, k_min), zeros_allowed=self.allow_zero_outputs)
+        outputs_E = client_loop().run(_forward(call, call.requests(sent), quorum, budget, self.timeout_after_k_min))
+        failures = self._note_failures(experts, outputs_E, FORWARD)
+        self._latest_call = call.number
+        self._statistics = MoEStatistics(
+            rows_per_expert={expert.uid: len(rows) for expert, rows in zip(experts, assignment.rows_E)},
+            forward_failures={uid: str(error) for uid, error in failures.items()},
+            search_s=searched - started,
+            forward_s=time.perf_counter() - searched,
+            total_forward_failures=self._statistics.total_forward_failures + len(failures),
+            total_backward_failures=self._statistics.total_backward_failures,
+        )
+        self._check_quorum(quorum, FORWARD, k_min, failures)
+
+        answered = [outputs for outputs in outputs_E if not isinstance(outputs, MoEError)]
+        flat = [torch.cat(parts) for parts in zip(*answered)] or _no_rows(schema, call.entries[0], sent[0])
+        answered_call = call.keep([not isinstance(outputs, MoEError) for outputs in outputs_E])
+        outputs = _attach(self, answered_call, [output.to(tensors[0].device) for output in flat], tensors)
+        return _Answers(answered_call.assignment, schema, outputs, tensors[0].dtype)
+
+    def _forward_budget(self) -> Budget:
+        return Budget(self.config.total_timeout_s if self.forward_timeout is None else self.forward_timeout)
+
+    def _search(self, grid_scores: Sequence[torch.Tensor], budget: Budget) -> Assignment:
+        """The best experts of each row."""
+        scores = [dim_scores.detach().cpu().numpy() for dim_scores in grid_scores]
+        chosen: Sequence[Sequence[ExpertInfo]] = []
+        if len(scores[0]) > 0:
+            chosen = self.beam_search.search(scores, self.k_best, timeout_s=budget.left_s())
+            if not self.allow_zero_outputs and not any(chosen):
+                raise self.beam_search.no_experts_found()
+        return Assignment.of(chosen, self.beam_search.uid_prefix, len(scores))
+
+    def _remote_experts(self, infos: Sequence[ExpertInfo], budget: Budget) -> list[RemoteExpert]:
+        """Experts that were called before are kept, so that each has to be asked only once what it takes."""
+        timeout_s = budget.left_s(RESOLVE_TIMEOUT_S) or RESOLVE_TIMEOUT_S
+        transport = transport_of(self.dht, self.config.transport, timeout_s)
+        experts = []
+        for info in infos:
+            expert = self._experts.pop(info, None) or RemoteExpert(info, transport, config=self.config)
+            self._experts[info] = expert
+            experts.append(expert)
+        for info in list(self._experts)[: max(0, len(self._experts) - MAX_REMEMBERED_EXPERTS)]:
+            del self._experts[info]
+        return experts
+
+    def _describe(self, experts: Sequence[RemoteExpert], budget: Budget) -> ExpertSchema:
+        """The schema that calls are matched to: that of the first expert to tell."""
+        if self._typical is None:
+            if not experts:
+                return self._describe_any(budget)[1]
+            first = client_loop().run(_first_described(experts, budget))
+            if isinstance(first, MoEError):
+                self._note_failures(experts, [first] * len(experts), "info")
+                raise TooFewExperts(f"none of {len(experts)} experts found says what it takes; the first: {first}")
+            self._typical = first, first.schema
+        return self._typical[1]
+
+    def _describe_any(self, budget: Budget) -> tuple[RemoteExpert, ExpertSchema]:
+        if self._typical is None:
+            scores = [np.zeros((1, size), np.float32) for size in self.beam_search.grid_size]
+            (found,) = self.beam_search.search(scores, 1, timeout_s=budget.left_s())
+            if not found:
+                raise self.beam_search.no_experts_found()
+            self._describe(self._remote_experts(found, budget), budget)
+        assert self._typical is not None
+        return self._typical
+
+    def _note_failures(
+        self, experts: Sequence[RemoteExpert], results: Sequence[Any], stage: str
+    ) -> dict[str, MoEError]:
+        """Warn about experts that failed, and forget what we know of them."""
+        failures = {}
+        for expert, error in zip(experts, results):
+            if isinstance(error, MoEError):
+                failures[expert.uid] = error
+                if isinstance(error, GivenUp):
+                    continue  # slow, perhaps, but nothing is wrong with it
+                self._experts.pop(ExpertInfo(expert.uid, expert.peer_id), None)
+                self.beam_search.forget(expert.uid)
+                if isinstance(error, (SchemaError, ProtocolError)):
+                    self._typical = None  # experts may have changed; ask again
+        if failures:
+            reasons = "; ".join(f"{uid}: {type(error).__name__}: {error}" for uid, error in failures.items())
+            logger.warning("%s: %d of %d experts failed: %.2000s", stage, len(failures), len(experts), reasons)
+        return failures
+
+    @staticmethod
+    def _check_quorum(quorum: Quorum, stage: str, k_min: int, failures: Mapping[str, MoEError]) -> None:
+        short = quorum.short_rows()
+        if len(short):
+            reasons = "; ".join(f"{uid}: {error}" for uid, error in failures.items()) or "no more were found"
+            raise TooFewExperts(
+                f"{stage}: fewer than {k_min} experts answered for rows {name_rows(short)} ({reasons:.1000})"
+            ) from next(iter(failures.values()), None)
+
+    # --- backward ---------------------------------------------------------------------------------------------------
+
+    def _backward(
+        self, call: _Call, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor], wants: Sequence[bool]
+    ) -> Gradients:
+        """Gradients of all inputs, summed over experts. Experts that fail contribute none."""
+        budget = Budget(self.config.total_timeout_s if self.backward_timeout is None else self.backward_timeout)
+        started = time.perf_counter()
+        outputs = [(e, grad) for e, grad in zip(call.schema.output_entries, grad_outputs) if e.proto.is_floating_point]
+        grads = [grad.detach().to("cpu", entry.proto.dtype) for entry, grad in outputs]
+        if self.detect_anomalies:
+            _check_finite([entry for entry, _ in outputs], grads, "gradients")
+        sent = to_wire(call.schema, call.present, inputs)
+        requests = call.requests(sent)
+        grads_E = list(zip(*(grad.split_with_sizes([len(request.rows) for request in requests]) for grad in grads)))
+        served_B = np.bincount(call.assignment.rows_N, minlength=call.assignment.batch_size) > 0
+        quorum = call.quorum(np.where(served_B, self.backward_k_min, 0), zeros_allowed=False)
+        received_E = client_loop().run(
+            _backward(call, requests, grads_E, wants, quorum, budget, self.timeout_after_k_min)
+        )
+        failures = self._note_failures(call.experts, received_E, BACKWARD)
+        statistics = self._statistics
+        if call.number == self._latest_call:
+            reasons = {uid: str(error) for uid, error in failures.items()}
+            statistics = replace(statistics, backward_failures=reasons, backward_s=time.perf_counter() - started)
+        total = statistics.total_backward_failures + len(failures)
+        self._statistics = replace(statistics, total_backward_failures=total)
+        self._check_quorum(quorum, BACKWARD, self.backward_k_min, failures)
+        survivors = [(r.rows, grads) for r, grads in zip(requests, received_E) if not isinstance(grads, MoEError)]
+        return [
+            _sum_gradients(entry, tensor, [(rows, grads[i]) for rows, grads in survivors]) if wanted else None
+            for i, (entry, tensor, wanted) in enumerate(zip(call.entries, sent, wants))
+        ]
+
+
+# --- between the calls and the module ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """What experts returned, with autograd.
+
+    :ivar assignment: the pairs that were answered
+    :ivar outputs: flat outputs, each (N, ...)
+    :ivar dtype: of the caller
+    """
+
+    assignment: Assignment
+    schema: ExpertSchema
+    outputs: Sequence[torch.Tensor]
+    dtype: torch.dtype
+
+    def mix(self, weights_N: torch.Tensor) -> list[torch.Tensor]:
+        """For each output, the weighted sum over each row's pairs: (B, ...). Zeros for rows without any."""
+        mixed = []
+        for output in self.outputs:
+            weighted = output * weights_N.view(-1, *[1] * (output.ndim - 1))
+            rows_N = torch.from_numpy(self.assignment.rows_N).to(output.device)
+            zeros = weighted.new_zeros((self.assignment.batch_size, *output.shape[1:]))
+            mixed.append(zeros.index_add(0, rows_N, weighted).to(self.dtype))
+        return mixed
+
+
+def _attach(
+    owner: RemoteMixtureOfExperts, call: _Call, answers: list[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The answers as results of the inputs they were computed from."""
+    trainable = any(expert.describe()[0].trainable for expert in call.experts)
+    trigger = torch.empty(0, requires_grad=trainable)  # calls backward although no input requires a gradient
+    attached: tuple[torch.Tensor, ...] = _MixtureCall.apply(trigger, owner, call, answers, *inputs)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _MixtureCall(torch.autograd.Function):
+    """Computes nothing; its backward calls the experts again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        trigger: torch.Tensor,
+        owner: RemoteMixtureOfExperts,
+        call: _Call,
+        answers: list[torch.Tensor],
+        *inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.owner, ctx.call = owner, call
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(*(answer for answer in answers if not answer.is_floating_point()))
+        return tuple(answers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
+        wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[4:], inputs)]
+        grads = ctx.owner._backward(ctx.call, inputs, grad_outputs, wants)
+        return (None, None, None, None, *from_wire(grads, inputs))
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
+def gather_by_dim(grid_scores: Sequence[torch.Tensor], assignment: Assignment) -> torch.Tensor:
+    """(D, N): for each dimension, the score of each pair's coordinate."""
+    device = grid_scores[0].device
+    rows_N = torch.from_numpy(assignment.rows_N).to(device)
+    coordinates_DN = torch.from_numpy(assignment.coordinates_ND.T.copy()).to(device)
+    return torch.stack([scores[rows_N, index_N] for scores, index_N in zip(grid_scores, coordinates_DN)])
+
+
+def _as_table(scores_N: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+    """(N,) -> (B, K), with -inf where there is no pair."""
+    rows_N, slots_N = (torch.from_numpy(index).to(scores_N.device) for index in (assignment.rows_N, assignment.slots_N))
+    table = scores_N.new_full((assignment.batch_size, assignment.width), -torch.inf)
+    return table.index_put((rows_N, slots_N), scores_N)
+
+
+def _softmax_by_row(scores_N: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+    """(N,): softmax over the pairs of each row. A row without pairs is given some, lest -inf alone turn into nan."""
+    rows_N, slots_N = (torch.from_numpy(index).to(scores_N.device) for index in (assignment.rows_N, assignment.slots_N))
+    table = _as_table(scores_N, assignment)
+    answered = torch.zeros(assignment.batch_size, 1, dtype=torch.bool, device=table.device)
+    answered[rows_N] = True
+    return table.where(answered, 0.0).softmax(dim=1)[rows_N, slots_N]

@@ -1,0 +1,18 @@
+"""Fixtures for tests on real servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from moe.dht import DHT, start_dht, stop_dht
+from tests.swarm.tools import LOOPBACK
+
+
+@pytest.fixture(scope="module")
+def dht() -> Iterator[DHT]:
+    """The clients' node: a new swarm for each file of tests. Servers join it."""
+    dht = start_dht(**LOOPBACK)
+    yield dht
+    stop_dht(dht)

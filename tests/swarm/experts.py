@@ -1,0 +1,144 @@
+"""Experts that the tests host, in this process and in others. What they compute is easy to compute again locally."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe.schema import BatchTensorProto, TensorProto
+from moe.server.expert_backend import ExpertBackend
+
+WIDTH = 8
+
+
+class Mixer(nn.Module):
+    """Takes one of everything: a sequence, integers, a mask, and optionally a tensor that is global to the call.
+
+    Legend: B = rows, S = any length, D = WIDTH.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(
+        self, x: torch.Tensor, *, index: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, S, D), index (B), mask (B, S), scale (D) -> (B, S, D) and the next index (B)"""
+        y = self.linear(x) + index.view(-1, 1, 1)
+        if scale is not None:
+            y = y * scale
+        return y.masked_fill(~mask.unsqueeze(-1), 0.0), index + 1
+
+
+MIXER_SCHEMA: dict[str, Any] = {
+    "args_schema": (BatchTensorProto(None, WIDTH),),
+    "kwargs_schema": {
+        "index": BatchTensorProto(dtype=torch.int64),
+        "mask": BatchTensorProto(None, dtype=torch.bool),
+        "scale": TensorProto(WIDTH),
+    },
+    "optional_kwargs": ("scale",),
+}
+
+
+class AdaptedAttention(nn.Module):
+    """A layer whose every kind of input matters: a sequence, its mask, and the caller's own low-rank adapter.
+
+    Legend: B = rows, S = any length, D = width, R = any rank.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(
+        self, x: torch.Tensor, *, mask: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
+    ) -> torch.Tensor:
+        """x (B, S, D), mask (B, S), lora_a (D, R), lora_b (R, D) -> (B, S, D)"""
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / x.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask.unsqueeze(1), -1e9).softmax(-1)
+        return x + weights @ (self.value(x) + (x @ lora_a) @ lora_b)
+
+
+def adapted_attention_schema(width: int) -> dict[str, Any]:
+    """Schema of AdaptedAttention, as ExpertBackend takes it."""
+    return {
+        "args_schema": (BatchTensorProto(None, width),),
+        "kwargs_schema": {
+            "mask": BatchTensorProto(None, dtype=torch.bool),
+            "lora_a": TensorProto(width, None),
+            "lora_b": TensorProto(None, width),
+        },
+    }
+
+
+class Unpicklable(Exception):
+    """An exception that cannot leave its process."""
+
+    def __init__(self) -> None:
+        super().__init__("holds a lock")
+        self.lock = threading.Lock()
+
+
+class Scripted(nn.Module):
+    """Doubles its input, except for rows that begin with one of these numbers; remembers the rows of each batch."""
+
+    RAISE, UNPICKLABLE, WRONG_ROWS, NOTHING, EXIT = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.batches: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """(B, D) -> (B, D)"""
+        self.batches.append(len(x))
+        marks = set(x[:, 0].tolist())
+        if self.RAISE in marks:
+            raise ValueError("this row is not to my taste")
+        if self.UNPICKLABLE in marks:
+            raise Unpicklable
+        if self.EXIT in marks:
+            raise SystemExit(3)
+        if self.WRONG_ROWS in marks:
+            return (2 * x * self.weight)[1:]
+        return None if self.NOTHING in marks else 2 * x * self.weight
+
+
+class Slow(nn.Module):
+    """Returns its input after as many seconds as the largest number in its first column says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> (B, D)"""
+        time.sleep(float(x.detach()[:, 0].max()))
+        return x * self.weight
+
+
+def make_backend(kind: str, uid: str, lr: float | None = None, **options: Any) -> ExpertBackend:
+    """An expert of this file with the same weights in every process.
+
+    :param lr: of SGD; None: no optimizer
+    """
+    torch.manual_seed(0)
+    width = options.pop("width", WIDTH)
+    makers: dict[str, Any] = {
+        "mixer": lambda: (Mixer(), MIXER_SCHEMA),
+        "attention": lambda: (AdaptedAttention(width), adapted_attention_schema(width)),
+        "scripted": lambda: (Scripted(), {"args_schema": (BatchTensorProto(width),)}),
+        "slow": lambda: (Slow(), {"args_schema": (BatchTensorProto(width),)}),
+        "linear": lambda: (nn.Linear(width, width), {"args_schema": (BatchTensorProto(width),)}),
+    }
+    module, schema = makers[kind]()
+    if kind in ("scripted", "slow"):
+        schema = {**schema, "outputs_schema": BatchTensorProto(width)}
+    optimizer = None if lr is None else torch.optim.SGD(module.parameters(), lr=lr)
+    return ExpertBackend(uid, module, optimizer, **schema, **options)

@@ -1,0 +1,294 @@
+"""What the tests here share: servers in this process and in others, and a client that checks nothing before it sends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from moe.dht import DHT, peers_line, resolve_p2p, start_dht
+from moe.errors import MoEError
+from moe.server.expert_backend import ExpertBackend
+from moe.server.server import Server
+from moe.transport.base import BACKWARD, FORWARD, Call, Reply
+from moe.transport.event_loop import client_loop
+from moe.transport.libp2p import LibP2PTransport
+from moe.wire.hivemind_dialect import RPC_BACKWARD, RPC_FORWARD, STREAM_SUFFIX, ExpertRequest, ExpertResponse
+from moe.wire.messages import RequestHeader, decode_reply_header
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
+HANDLES = {FORWARD: RPC_FORWARD, BACKWARD: RPC_BACKWARD}
+ANSWER_WITHIN_S = 5.0  # what is asked of bad input is 2 s; machines that run tests may be busy
+
+
+def peers_of(dht: DHT) -> list[str]:
+    """Addresses at which others can join."""
+    return peers_line(dht).split()[1:]
+
+
+@contextlib.contextmanager
+def serving(dht: DHT, *backends: ExpertBackend, **options: Any) -> Iterator[Server]:
+    """A server in this process, in the swarm of ``dht``; it has a DHT process and a libp2p daemon of its own."""
+    own_dht = start_dht(peers_of(dht), **LOOPBACK)
+    server = Server(own_dht, {backend.name: backend for backend in backends}, **options)
+    try:
+        server.run_in_background()
+        yield server
+    finally:
+        server.shutdown()
+
+
+class RawClient:
+    """Sends a server whatever a test likes. All methods run in the client's event loop: see ``run``."""
+
+    def __init__(self, dht: DHT, peer_id: Any):
+        self.transport, self.peer_id = LibP2PTransport(resolve_p2p(dht)), peer_id
+
+    def close(self) -> None:
+        """Drop its connection."""
+        self.run(self.transport.close())
+
+    @staticmethod
+    def run(coroutine: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
+        """Run something in the client's event loop and wait for it."""
+        return client_loop().run(coroutine, timeout_s)
+
+    @staticmethod
+    def submit(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run something in the client's event loop."""
+        return client_loop().submit(coroutine)
+
+    async def call(
+        self,
+        method: str,
+        uid: str,
+        tensors: Sequence[torch.Tensor],
+        header: RequestHeader | None = None,
+        *,
+        stream: bool = False,
+        timeout_s: float = 30.0,
+    ) -> Reply:
+        """A well-formed call, of whatever contents."""
+        header = RequestHeader() if header is None else header
+        reply_bytes = 2**22 if stream else 0
+        call = Call(method, uid, header, tensors, [0] * len(tensors), reply_bytes)
+        return await self.transport.call(self.peer_id, call, timeout_s=timeout_s)
+
+    async def send(self, method: str, request: Any, *, stream: bool = False) -> Any:
+        """A request as it is; raises the error that the reply carries.
+
+        :param request: an ExpertRequest, or bytes
+        """
+        data = request if isinstance(request, bytes) else request.SerializeToString()
+        if stream:
+            async with self.open_stream(method) as (reader, writer):
+                writer.write(framed(data) + END_OF_STREAM)
+                response = ExpertResponse.FromString(await read_message(reader))
+        else:
+            p2p = await self.transport._connected()
+            answer = await p2p._client.control.call_unary_handler(self.peer_id, HANDLES[method], data)
+            response = ExpertResponse.FromString(answer)
+        return checked(response)
+
+    @contextlib.asynccontextmanager
+    async def open_stream(self, method: str) -> Any:
+        """The two ends of a new stream to the server."""
+        p2p = await self.transport._connected()
+        _, reader, writer = await p2p.call_binary_stream_handler(self.peer_id, HANDLES[method] + STREAM_SUFFIX)
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+
+
+END_OF_STREAM = b"\x01" + bytes(8)
+
+
+def framed(data: bytes) -> bytes:
+    """A message as it is written to a stream."""
+    return b"\x00" + len(data).to_bytes(8, "big") + data
+
+
+async def read_message(reader: asyncio.StreamReader) -> bytes:
+    """The next message of a stream."""
+    head = await reader.readexactly(9)
+    assert head[:1] == b"\x00", f"not a message: {head!r}"
+    return await reader.readexactly(int.from_bytes(head[1:], "big"))
+
+
+def checked(response: Any) -> Any:
+    """A response, unless it carries an error."""
+    header = decode_reply_header(response.metadata)
+    if header is not None and header.error is not None:
+        raise header.error.to_exception(peer=None, uid=None)
+    return response
+
+
+class Answer:
+    """What became of an attempt, and how long that took."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.elapsed_s = 0.0
+
+
+@contextlib.contextmanager
+def refused(
+    kind: type[BaseException] | tuple[type[BaseException], ...], *texts: str, within_s: float = ANSWER_WITHIN_S
+) -> Iterator[Answer]:
+    """Like pytest.raises, but for exactly this class (or one of these), with these texts in the message, and in time."""
+    answer, started = Answer(), time.monotonic()
+    try:
+        yield answer
+    except Exception as e:
+        answer.error = e
+    answer.elapsed_s = time.monotonic() - started
+    print(f"{answer.elapsed_s * 1e3:.0f} ms: {answer.error!r:.300}")
+    assert type(answer.error) in (kind if isinstance(kind, tuple) else (kind,)), f"got {answer.error!r:.1000}"
+    message = answer.error.message if isinstance(answer.error, MoEError) else str(answer.error)
+    for text in texts:
+        assert text in message, f"{text!r} is not in {message!r}"
+    assert answer.elapsed_s < within_s, f"refused only after {answer.elapsed_s:.2f} s"
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "it") -> None:
+    """Poll until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.02)
+
+
+async def gather_limited(
+    make: Callable[[int], Awaitable[T]], count: int, at_once: int
+) -> list[T]:
+    """Results of ``make(0)``, ``make(1)``, ..., with a bounded number of them at one time."""
+    room = asyncio.Semaphore(at_once)
+
+    async def one(i: int) -> T:
+        async with room:
+            return await make(i)
+
+    return await asyncio.gather(*(one(i) for i in range(count)))
+
+
+# --- other processes -----------------------------------------------------------------------------------------------
+
+
+class ChildProcess:
+    """A Python process and, when it is over, everything that it started.
+
+    :param arguments: of the Python interpreter
+    """
+
+    def __init__(self, *arguments: str, **environment: str):
+        self.popen = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=None,
+            text=True,
+            start_new_session=True,
+        )
+        self.process = psutil.Process(self.popen.pid)
+        self._family: list[psutil.Process] = []
+
+    def __enter__(self) -> ChildProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.family()
+        self.popen.kill()
+        self.popen.wait(10)
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._family, 5)
+
+    def line(self, timeout_s: float = 60.0) -> str:
+        """The next line it prints; fails if it ends instead."""
+        assert self.popen.stdout is not None
+        timer = _Killer(self.popen, timeout_s)
+        with timer:
+            line = self.popen.stdout.readline()
+        assert line, f"the process ended with code {self.popen.wait(10)}{timer}"
+        return line.rstrip("\n")
+
+    def family(self) -> list[psutil.Process]:
+        """All processes it has started so far, as far as they are still related to it."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known = {process.pid for process in self._family}
+            self._family += [child for child in self.process.children(recursive=True) if child.pid not in known]
+        return self._family
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit code."""
+        return self.popen.wait(timeout_s)
+
+    def survivors(self, timeout_s: float = 3.0) -> list[psutil.Process]:
+        """Those of its family that are still there some time after its end."""
+        return psutil.wait_procs(self._family, timeout_s)[1]
+
+
+class _Killer:
+    """Ends a process that says nothing for too long."""
+
+    def __init__(self, popen: subprocess.Popen[str], timeout_s: float):
+        import threading
+
+        self._popen, self._timeout_s, self._fired = popen, timeout_s, False
+        self._timer = threading.Timer(timeout_s, self._fire)
+
+    def _fire(self) -> None:
+        self._fired = True
+        self._popen.kill()
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._timer.cancel()
+        self._timer.join()
+
+    def __str__(self) -> str:
+        return f": it said nothing for {self._timeout_s} s" if self._fired else ""
+
+
+class HostProcess(ChildProcess):
+    """A server in a process of its own: see tests/swarm/host.py.
+
+    :param spec: its settings
+    :param peers: of the swarm to join
+    """
+
+    def __init__(self, peers: Sequence[str] = (), **spec: Any):
+        super().__init__("-m", "tests.swarm.host", json.dumps({"peers": list(peers), **spec}))
+        try:
+            ready = json.loads(self.line())
+        except BaseException:
+            self.__exit__()
+            raise
+        self.peers: list[str] = ready["peers"]
+        self.start_s: float = ready["start_s"]
+        self.family()
+
+    def __enter__(self) -> HostProcess:
+        return self
