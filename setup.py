@@ -1,14 +1,16 @@
 """Packaging. Ranges say what this package can work with; constraints.txt pins the set its tests run with."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-readme = Path(__file__).parent / "README.md"
+root = Path(__file__).parent
+readme = root / "README.md"
 
 setup(
     name="moe-runtime",
-    version="0.1.0",
+    version=runpy.run_path(str(root / "moe" / "version.py"))["__version__"],
     description="Mixture-of-Experts served, found and trained over a peer-to-peer network",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",

@@ -11,6 +11,7 @@ Exit code: 0 if the test accuracy is at least 90 %, 1 if not, 130 after Ctrl+C.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ HIDDEN_DIM = 64
 BATCH_SIZE = 64
 
 console = Console(highlight=False)
+say = functools.partial(console.print, soft_wrap=True)  # addresses stay in one piece
 
 
 def server_arguments(number: int) -> list[str]:
@@ -83,8 +85,8 @@ def show_swarm(swarm: LocalSwarm, dht: object) -> None:
     """What this process has learned from the DHT about the servers, and where they listen."""
     maddrs = {maddr.rpartition("/p2p/")[2]: maddr.rpartition("/p2p/")[0] for maddr in swarm.initial_peers}
     for server in list_servers(dht):
-        console.print(f"   peer [cyan]{server.peer_id}[/] at {maddrs.get(server.peer_id or '', 'an unknown address')}")
-        console.print(f"   hosts {', '.join(server.uids)}")
+        say(f"   peer [cyan]{server.peer_id}[/] at {maddrs.get(server.peer_id or '', 'an unknown address')}")
+        say(f"   hosts {', '.join(server.uids)}")
 
 
 def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> tuple[Counter[str], int]:
@@ -135,39 +137,39 @@ def run(epochs: int) -> int:
     begin = time.monotonic()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # this process and two servers share the machine
-    console.print("[bold]A Mixture of Experts learns handwritten digits, over the network[/]\n")
-    console.print("1. Starting two servers, each a process of its own with four experts ...")
+    say("[bold]A Mixture of Experts learns handwritten digits, over the network[/]\n")
+    say("1. Starting two servers, each a process of its own with four experts ...")
     with LocalSwarm(server_arguments(0), server_arguments(1)) as swarm:
         try:
             dht = swarm.dht()
             show_swarm(swarm, dht)
-            console.print(f"   ready after {time.monotonic() - begin:.1f} s; all of it on loopback\n")
+            say(f"   ready after {time.monotonic() - begin:.1f} s; all of it on loopback\n")
 
             train_images, test_images, train_labels, test_labels = load_data()
             experts = RemoteMixtureOfExperts(
                 in_features=HIDDEN_DIM, grid_size=GRID, dht=dht, uid_prefix="digits.", k_best=2, forward_timeout=30
             )
             model = Classifier(experts)
-            console.print(f"2. Data: {len(train_images)} images of 8 x 8 pixels to train with, {len(test_images)} to test")
-            console.print("   Model: linear stem here -> gate here -> the 2 best of 8 experts there -> linear head here")
-            console.print(f"   Accuracy before training: {accuracy(model, test_images, test_labels):.1%}\n")
+            say(f"2. Data: {len(train_images)} images of 8 x 8 pixels to train with, {len(test_images)} to test")
+            say("   Model: linear stem here -> gate here -> the 2 best of 8 experts there -> linear head here")
+            say(f"   Accuracy before training: {accuracy(model, test_images, test_labels):.1%}\n")
 
-            console.print("3. Training; every step calls the chosen experts once forward and once backward")
+            say("3. Training; every step calls the chosen experts once forward and once backward")
             trained_at = time.monotonic()
             served, failures = train(model, train_images, train_labels, epochs)
             elapsed_s = time.monotonic() - trained_at
             images_per_s = epochs * len(train_images) / elapsed_s
-            console.print(f"   {elapsed_s:.1f} s, {images_per_s:.0f} images/s, {failures} failed calls\n")
+            say(f"   {elapsed_s:.1f} s, {images_per_s:.0f} images/s, {failures} failed calls\n")
 
             reached = accuracy(model, test_images, test_labels)
             color = "green" if reached >= GOOD_ENOUGH else "red"
-            console.print(f"4. Test accuracy: [bold {color}]{reached:.1%}[/] (expected: at least {GOOD_ENOUGH:.0%})")
+            say(f"4. Test accuracy: [bold {color}]{reached:.1%}[/] (expected: at least {GOOD_ENOUGH:.0%})")
             show_load(served)
-            console.print("\n   Stopping the servers ...")
+            say("\n   Stopping the servers ...")
         except KeyboardInterrupt:
-            console.print("\nInterrupted; stopping the servers ...")
+            say("\nInterrupted; stopping the servers ...")
             return 130
-    console.print(f"   Done after {time.monotonic() - begin:.0f} s.")
+    say(f"   Done after {time.monotonic() - begin:.0f} s.")
     return 0 if reached >= GOOD_ENOUGH else 1
 
 

@@ -51,8 +51,8 @@ def main() -> None:
             optimizer.step()
             losses.append(loss.item())
             if step % 30 == 0:
-                print(f"step {step:3}: loss {losses[-1]:.5f}")
-        print(f"loss fell from {losses[0]:.5f} to {losses[-1]:.5f}")
+                print(f"step {step:3}: loss {losses[-1]:.1e}")
+        print(f"loss fell from {losses[0]:.1e} to {losses[-1]:.1e}")
 
         weights_after = server.expert_backends["adapted.0"].state_dict()["module"]
         same = all(torch.equal(weights_before[name], weights_after[name]) for name in weights_before)

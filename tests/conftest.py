@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import uvloop
 
 from tests.leaks import Snapshot, find_leaks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_wide_descriptors() -> None:
+    """libuv opens a signal pipe once per process, with its first loop, and keeps it."""
+    uvloop.new_event_loop().close()
 
 
 @pytest.fixture(autouse=True)

@@ -126,7 +126,9 @@ def assert_same(
             assert other is None, f"{name} has a gradient"
         else:
             assert other is not None, f"{name} has no gradient"
-            torch.testing.assert_close(other, gradient, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                other, gradient, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def in_parallel(calls: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -40,6 +40,10 @@ KNOWN_PATHS = {
 }
 
 
+# hivemind's parameter -> ours, which has its position; hivemind's name is taken as a keyword
+RENAMED_PARAMETERS = {"module_backends": "expert_backends"}
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -178,10 +182,10 @@ def missing_parameters(stock: Any, ours: Any) -> list[str]:
         if found is None:
             problems.append(f"{name} is missing")
             continue
-        if parameter.kind is not parameter.KEYWORD_ONLY and list(actual).index(name) != position:
-            problems.append(f"{name} is at another position")
-        if parameter.kind is not parameter.KEYWORD_ONLY and found.kind is parameter.KEYWORD_ONLY:
-            problems.append(f"{name} is keyword-only")
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            placed = actual.get(RENAMED_PARAMETERS.get(name, name), found)
+            if placed.kind is parameter.KEYWORD_ONLY or list(actual).index(placed.name) != position:
+                problems.append(f"{name} is at another position")
         if parameter.default is not parameter.empty and found.default is parameter.empty:
             problems.append(f"{name} is required")
     for name, parameter in actual.items():

@@ -8,9 +8,9 @@ Legend: B = rows of the batch, E = distinct experts, N = (row, expert) pairs gro
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from moe.client.calls import Gradients
 from moe.client.expert import RemoteExpert
 from moe.client.fan_out import Assignment, Indices, Quorum, fan_out
 from moe.errors import MoEError, NonFiniteError, ProtocolError, SchemaError, TooFewExperts
-from moe.schema import Entry, ExpertSchema, gradient_entries, validate
+from moe.schema import Entry, ExpertSchema, validate
 from moe.transport.base import Budget
 
 
@@ -66,15 +66,15 @@ class CallMany:
         :raises NonFiniteInput: what is not finite
         """
         if not self.entries[0].proto.batched:
-            raise SchemaError(f"{self.entries[0].path}: the experts' first argument is global to the call: no row to route")
+            raise SchemaError(f"{self.entries[0].path} is global to the call, so that there are no rows to route")
         for entry in self.schema.output_entries:
             if not entry.proto.batched:
-                raise SchemaError(f"{entry.path} belongs to the whole call ({entry.proto}): such experts cannot be mixed")
+                raise SchemaError(f"{entry.path} is global to the call ({entry.proto}): such experts cannot be mixed")
         if not self.schema.output_entries:
             raise SchemaError("these experts return nothing that could be mixed")
         validate(self.entries, inputs, rows=self.assignment.batch_size)
         if finite:
-            _check_finite(self.entries, inputs, "inputs")
+            check_finite(self.entries, inputs, "inputs")
 
     def quorum(self, needed_B: Indices, *, zeros_allowed: bool) -> Quorum:
         """Counts the answers of these experts."""
@@ -100,6 +100,7 @@ class CallMany:
         self, requests: Sequence[Request], quorum: Quorum, budget: Budget, after_quorum_s: float | None
     ) -> list[list[torch.Tensor] | MoEError]:
         """Outputs of each expert for its rows, or why there are none."""
+        timeout_s = budget.left_s()
         sizes: list[list[torch.Size]] = []  # of the answers so far: "any length" must be the same for all
 
         async def one(request: Request) -> list[torch.Tensor]:
@@ -112,7 +113,7 @@ class CallMany:
             return outputs
 
         calls = [one(request) for request in requests]
-        return await fan_out(calls, quorum, timeout_s=budget.left_s(), after_quorum_s=after_quorum_s)
+        return await fan_out(calls, quorum, timeout_s=timeout_s, after_quorum_s=after_quorum_s)
 
     async def backward(
         self,
@@ -128,6 +129,7 @@ class CallMany:
         :param grad_outputs: of the floating-point outputs, (N, ...)
         :param wants: which inputs want a gradient
         """
+        timeout_s = budget.left_s()
 
         async def one(request: Request, grads: Sequence[torch.Tensor]) -> Gradients:
             description, _ = await request.expert.caller.describe(budget)
@@ -137,7 +139,7 @@ class CallMany:
 
         grads_E = zip(*(grad.split_with_sizes([len(r.rows) for r in requests]) for grad in grad_outputs))
         calls = [one(request, grads) for request, grads in zip(requests, grads_E)]
-        return await fan_out(calls, quorum, timeout_s=budget.left_s(), after_quorum_s=after_quorum_s)
+        return await fan_out(calls, quorum, timeout_s=timeout_s, after_quorum_s=after_quorum_s)
 
     # --- what came back ---------------------------------------------------------------------------------------------
 
@@ -151,15 +153,66 @@ class CallMany:
         """
         if outputs_E:
             return [torch.cat(parts) for parts in zip(*outputs_E)]
-        known = dict(enumerate(inputs[0].shape[1:]))
+        first, tensor = self.entries[0].proto, inputs[0]
         outputs = []
         for path, proto in self.schema.output_entries:
-            sizes = []
-            for axis, size in enumerate(proto.sizes):
-                ...
+            sizes = [
+                tensor.shape[axis + 1] if size is None and first.sizes[axis : axis + 1] == (None,) else size
+                for axis, size in enumerate(proto.sizes)
+            ]
+            if None in sizes:
+                raise TooFewExperts(f"no expert answered, and nobody else knows how long {path} is ({proto})")
+            outputs.append(torch.zeros([0, *(size or 0 for size in sizes)], dtype=proto.dtype))
         return outputs
 
     def sum_gradients(
-        self, requests: Sequence[Request], grads_E: Sequence[Gradients | MoEError], inputs: Sequence[torch.Tensor], wants: Sequence[bool]
+        self,
+        requests: Sequence[Request],
+        grads_E: Sequence[Gradients | MoEError],
+        inputs: Sequence[torch.Tensor],
+        wants: Sequence[bool],
     ) -> Gradients:
-        ...
+        """Gradients of all inputs: summed over experts, row by row, or as a whole if global to the call."""
+        totals: Gradients = []
+        for i, (entry, tensor, wanted) in enumerate(zip(self.entries, inputs, wants)):
+            if not wanted:
+                totals.append(None)
+                continue
+            total = torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            for request, grads in zip(requests, grads_E):
+                grad = None if isinstance(grads, MoEError) else grads[i]
+                if grad is not None and entry.proto.batched:
+                    total.index_add_(0, request.rows, grad.to(total.dtype))
+                elif grad is not None:
+                    total += grad
+            totals.append(total)
+        return totals
+
+
+async def first_described(experts: Sequence[RemoteExpert], budget: Budget) -> RemoteExpert | list[MoEError]:
+    """Ask all experts at once what they take: the first one to tell, or why each of them does not."""
+    asked = {asyncio.ensure_future(expert.caller.describe(budget)): expert for expert in experts}
+    pending = set(asked)
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                error = task.exception()
+                if error is None:
+                    return asked[task]
+                if not isinstance(error, MoEError):
+                    raise error
+        return [cast(MoEError, task.exception()) for task in asked]
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+def check_finite(entries: Sequence[Entry], tensors: Sequence[torch.Tensor], what: str) -> None:
+    """Raise if a floating-point tensor has nan or inf.
+
+    :raises NonFiniteInput: naming the first such tensor
+    """
+    for entry, tensor in zip(entries, tensors):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteInput(f"One of {what} has nan/inf values: {entry.path}")

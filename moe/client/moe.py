@@ -9,7 +9,6 @@ Legend: B = rows of the batch, K = experts per row, E = distinct experts, N = (r
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
@@ -23,21 +22,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from moe.client.beam_search import MoEBeamSearcher
+from moe.client.call_many import CallMany, NonFiniteInput, check_finite, first_described
 from moe.client.calls import Gradients
 from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
-from moe.client.fan_out import Assignment, GivenUp, Indices, Quorum, fan_out, name_rows
+from moe.client.fan_out import Assignment, GivenUp, Quorum, name_rows
 from moe.config import ClientConfig, check_positive, replace_known
-from moe.errors import (
-    ConfigError,
-    MoEError,
-    NoExpertsFound,
-    NonFiniteError,
-    ProtocolError,
-    SchemaError,
-    TooFewExperts,
-)
+from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
 from moe.expert_uid import ExpertInfo
-from moe.schema import Entry, ExpertSchema, Nested, validate
+from moe.schema import ExpertSchema, Nested
 from moe.transport.base import BACKWARD, FORWARD, Budget
 from moe.transport.event_loop import client_loop
 
@@ -191,6 +183,11 @@ class RemoteMixtureOfExperts(nn.Module):
         """
         return self._describe_any(self._forward_budget())[0].info
 
+    def refresh_info(self) -> None:
+        """Ask the experts again, on the next call, what they take."""
+        self._experts.clear()
+        self._typical = None
+
     # --- forward ----------------------------------------------------------------------------------------------------
 
     def forward(
@@ -235,6 +232,8 @@ class RemoteMixtureOfExperts(nn.Module):
         if not isinstance(input, torch.Tensor) or input.ndim < 2 or input.shape[-1] != self.proj.in_features:
             what = tuple(input.shape) if isinstance(input, torch.Tensor) else type(input).__name__
             raise SchemaError(f"input: expected a tensor (batch, ..., {self.proj.in_features}), got {what}")
+        if self.detect_anomalies and not input.isfinite().all():
+            raise NonFiniteInput("One of inputs has nan/inf values: input")
         if input.ndim == 2:
             return input.to(self.proj.weight.dtype)
         return input.mean(dim=tuple(range(1, input.ndim - 1)), dtype=self.proj.weight.dtype)
@@ -258,7 +257,7 @@ class RemoteMixtureOfExperts(nn.Module):
         kwargs: Mapping[str, Nested],
         batch_kwargs: Mapping[str, Nested] | None,
         global_kwargs: Mapping[str, Nested] | None,
-    ) -> _Answers:
+    ) -> Answers:
         """Find the best experts of each row and call them; gradients flow from the answers to args and kwargs."""
         budget, started = self._forward_budget(), time.perf_counter()
         assignment = self._search(grid_scores, budget)
@@ -266,16 +265,13 @@ class RemoteMixtureOfExperts(nn.Module):
         experts = self._remote_experts(assignment.experts_E, budget)
         schema = self._describe(experts, budget)
         present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
-        call = _Call(next(self._numbers), schema, present, assignment, tuple(experts))
+        call = CallMany(next(self._numbers), schema, present, assignment, tuple(experts))
         sent = to_wire(schema, present, tensors)
-        _check_mixable(schema, call.entries[0])
-        validate(call.entries, sent)
-        if self.detect_anomalies:
-            _check_finite(call.entries, sent, "inputs")
+        call.check(sent, finite=self.detect_anomalies)
 
         k_min = self.k_min if self.allow_zero_outputs else max(self.k_min, 1)
         quorum = call.quorum(np.full(assignment.batch_size, k_min), zeros_allowed=self.allow_zero_outputs)
-        outputs_E = client_loop().run(_forward(call, call.requests(sent), quorum, budget, self.timeout_after_k_min))
+        outputs_E = client_loop().run(call.forward(call.requests(sent), quorum, budget, self.timeout_after_k_min))
         failures = self._note_failures(experts, outputs_E, FORWARD)
         self._latest_call = call.number
         self._statistics = MoEStatistics(
@@ -288,11 +284,10 @@ class RemoteMixtureOfExperts(nn.Module):
         )
         self._check_quorum(quorum, FORWARD, k_min, failures)
 
-        answered = [outputs for outputs in outputs_E if not isinstance(outputs, MoEError)]
-        flat = [torch.cat(parts) for parts in zip(*answered)] or _no_rows(schema, call.entries[0], sent[0])
         answered_call = call.keep([not isinstance(outputs, MoEError) for outputs in outputs_E])
+        flat = answered_call.join_outputs([o for o in outputs_E if not isinstance(o, MoEError)], sent)
         outputs = _attach(self, answered_call, [output.to(tensors[0].device) for output in flat], tensors)
-        return _Answers(answered_call.assignment, schema, outputs, tensors[0].dtype)
+        return Answers(answered_call.assignment, schema, outputs, tensors[0].dtype)
 
     def _forward_budget(self) -> Budget:
         return Budget(self.config.total_timeout_s if self.forward_timeout is None else self.forward_timeout)
@@ -325,10 +320,11 @@ class RemoteMixtureOfExperts(nn.Module):
         if self._typical is None:
             if not experts:
                 return self._describe_any(budget)[1]
-            first = client_loop().run(_first_described(experts, budget))
-            if isinstance(first, MoEError):
-                self._note_failures(experts, [first] * len(experts), "info")
-                raise TooFewExperts(f"none of {len(experts)} experts found says what it takes; the first: {first}")
+            first = client_loop().run(first_described(experts, budget))
+            if not isinstance(first, RemoteExpert):
+                self._note_failures(experts, first, "info")
+                message = f"none of {len(experts)} experts that were found says what it takes: {first[0]}"
+                raise TooFewExperts(message) from first[0]
             self._typical = first, first.schema
         return self._typical[1]
 
@@ -373,7 +369,11 @@ class RemoteMixtureOfExperts(nn.Module):
     # --- backward ---------------------------------------------------------------------------------------------------
 
     def _backward(
-        self, call: _Call, inputs: Sequence[torch.Tensor], grad_outputs: Sequence[torch.Tensor], wants: Sequence[bool]
+        self,
+        call: CallMany,
+        inputs: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor],
+        wants: Sequence[bool],
     ) -> Gradients:
         """Gradients of all inputs, summed over experts. Experts that fail contribute none."""
         budget = Budget(self.config.total_timeout_s if self.backward_timeout is None else self.backward_timeout)
@@ -381,16 +381,13 @@ class RemoteMixtureOfExperts(nn.Module):
         outputs = [(e, grad) for e, grad in zip(call.schema.output_entries, grad_outputs) if e.proto.is_floating_point]
         grads = [grad.detach().to("cpu", entry.proto.dtype) for entry, grad in outputs]
         if self.detect_anomalies:
-            _check_finite([entry for entry, _ in outputs], grads, "gradients")
+            check_finite([entry for entry, _ in outputs], grads, "gradients")
         sent = to_wire(call.schema, call.present, inputs)
         requests = call.requests(sent)
-        grads_E = list(zip(*(grad.split_with_sizes([len(request.rows) for request in requests]) for grad in grads)))
         served_B = np.bincount(call.assignment.rows_N, minlength=call.assignment.batch_size) > 0
         quorum = call.quorum(np.where(served_B, self.backward_k_min, 0), zeros_allowed=False)
-        received_E = client_loop().run(
-            _backward(call, requests, grads_E, wants, quorum, budget, self.timeout_after_k_min)
-        )
-        failures = self._note_failures(call.experts, received_E, BACKWARD)
+        grads_E = client_loop().run(call.backward(requests, grads, wants, quorum, budget, self.timeout_after_k_min))
+        failures = self._note_failures(call.experts, grads_E, BACKWARD)
         statistics = self._statistics
         if call.number == self._latest_call:
             reasons = {uid: str(error) for uid, error in failures.items()}
@@ -398,23 +395,19 @@ class RemoteMixtureOfExperts(nn.Module):
         total = statistics.total_backward_failures + len(failures)
         self._statistics = replace(statistics, total_backward_failures=total)
         self._check_quorum(quorum, BACKWARD, self.backward_k_min, failures)
-        survivors = [(r.rows, grads) for r, grads in zip(requests, received_E) if not isinstance(grads, MoEError)]
-        return [
-            _sum_gradients(entry, tensor, [(rows, grads[i]) for rows, grads in survivors]) if wanted else None
-            for i, (entry, tensor, wanted) in enumerate(zip(call.entries, sent, wants))
-        ]
+        return call.sum_gradients(requests, grads_E, sent, wants)
 
 
 # --- between the calls and the module ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Answers:
+class Answers:
     """What experts returned, with autograd.
 
     :ivar assignment: the pairs that were answered
     :ivar outputs: flat outputs, each (N, ...)
-    :ivar dtype: of the caller
+    :ivar dtype: of the caller's input
     """
 
     assignment: Assignment
@@ -424,17 +417,18 @@ class _Answers:
 
     def mix(self, weights_N: torch.Tensor) -> list[torch.Tensor]:
         """For each output, the weighted sum over each row's pairs: (B, ...). Zeros for rows without any."""
+        dtype = self.dtype if self.dtype.is_floating_point else weights_N.dtype
         mixed = []
         for output in self.outputs:
             weighted = output * weights_N.view(-1, *[1] * (output.ndim - 1))
             rows_N = torch.from_numpy(self.assignment.rows_N).to(output.device)
             zeros = weighted.new_zeros((self.assignment.batch_size, *output.shape[1:]))
-            mixed.append(zeros.index_add(0, rows_N, weighted).to(self.dtype))
+            mixed.append(zeros.index_add(0, rows_N, weighted).to(dtype))
         return mixed
 
 
 def _attach(
-    owner: RemoteMixtureOfExperts, call: _Call, answers: list[torch.Tensor], inputs: Sequence[torch.Tensor]
+    owner: RemoteMixtureOfExperts, call: CallMany, answers: list[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """The answers as results of the inputs they were computed from."""
     trainable = any(expert.describe()[0].trainable for expert in call.experts)
@@ -451,7 +445,7 @@ class _MixtureCall(torch.autograd.Function):
         ctx: Any,
         trigger: torch.Tensor,
         owner: RemoteMixtureOfExperts,
-        call: _Call,
+        call: CallMany,
         answers: list[torch.Tensor],
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -448,6 +448,13 @@ class LibP2PServer:
         finally:
             self._requests.discard(task)
 
+    def _forget_cancelled(self) -> None:
+        """hivemind keeps the tasks of unary requests whose callers gave up, for ever."""
+        tasks = self._p2p._client.control._handler_tasks if self._p2p is not None else {}
+        if len(tasks) > 2 * len(self._requests) + 64:
+            for call_id in [call_id for call_id, task in tasks.items() if task.done()]:
+                del tasks[call_id]
+
     async def _info(self, request: Any, context: P2PContext) -> Any:
         return ExpertInfo(serialized_info=encode_info(self._service.describe(request.uid)))
 
@@ -460,6 +467,7 @@ class LibP2PServer:
     def _unary(self, method: str) -> Callable[[Any, P2PContext], Awaitable[Any]]:
         async def handle(request: Any, context: P2PContext) -> Any:
             native = bool(request.metadata)
+            self._forget_cancelled()
             with self._request():
                 try:
                     reply = await self._serve_unary(method, request, context.remote_id.to_base58())
@@ -473,8 +481,6 @@ class LibP2PServer:
                     if not native:
                         raise  # hivemind relays the repr
                     return ExpertResponse(metadata=encode_header(ReplyHeader(error=WireError.from_exception(e))))
-                except asyncio.CancelledError:  # hivemind never forgets a handler that ends with this
-                    raise PeerGone("the caller has gone") from None
 
         return handle
 

@@ -473,7 +473,7 @@ PROGRAM = """
 import multiprocessing, os, signal, sys, time
 from moe.cli.parsing import parse_server_options
 from moe.cli.run_server import run
-from moe.cli.stopping import StopSignals
+from moe.cli.stopping import StopSignals, leave
 
 class Server:
     dht = failure = None
@@ -494,7 +494,7 @@ def start(options):
 
 signals = StopSignals(stop_within_s={within})
 signals.install()
-sys.exit(run(parse_server_options([]), signals, start, lambda dht: str(child.pid)))
+leave(run(parse_server_options([]), signals, start, lambda dht: str(child.pid)))
 """
 
 

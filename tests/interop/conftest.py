@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from moe import DHT, BatchTensorProto, ModuleBackend, Server, TensorProto, get_e
 from moe.dht import start_dht, stop_dht, visible_addresses
 from moe.server.layers.adapted import AdaptedFeedforwardBlock, adapted_ffn_schema
 from tests.interop.experts import HIDDEN, KINDS, LEARNING_RATE
-from tests.interop.peers import HOST_MADDRS, StockPeer, start_stock_peer
+from tests.interop.peers import HOST_MADDRS, StockPeer
 
 OUR_UIDS = {kind: f"our_{kind.lower()}.0" for kind in KINDS}
 OUR_FROZEN_UIDS = [
@@ -68,34 +70,56 @@ def _backends() -> dict[str, ModuleBackend]:
     return {uid: ModuleBackend(name=uid, **kwargs) for uid, kwargs in options.items()}
 
 
+class Swarm(NamedTuple):
+    """Who takes part in the tests.
+
+    :ivar server: ours; serves the kinds of experts that stock servers know, some with globals, and grids
+    :ivar dht: a node for our clients. They have made a call, so that what all calls of a process share is there
+    :ivar stock: a stock server and a stock client
+    """
+
+    server: Server
+    dht: DHT
+    stock: StockPeer
+
+
 @pytest.fixture(scope="package")
-def our_server() -> Iterator[Server]:
-    """Serves the kinds of experts that stock servers know, some with globals, and grids."""
+def swarm() -> Iterator[Swarm]:
+    """One swarm for all tests. Stock servers sometimes hang at their start (they fork while they have threads): then there
+    is a second try."""
     torch.manual_seed(1)
-    server = Server(start_dht(host_maddrs=HOST_MADDRS), _backends(), start=True)
-    yield server
-    server.shutdown()
+    with contextlib.ExitStack() as stack:
+        stock = StockPeer()  # imports while ours starts
+        stack.callback(lambda: stock.close())
+        server = Server(start_dht(host_maddrs=HOST_MADDRS), _backends(), start=True)
+        stack.callback(server.shutdown)
+        initial_peers = visible_addresses(server.dht)
+        dht = start_dht(initial_peers, host_maddrs=HOST_MADDRS)
+        stack.callback(stop_dht, dht)
+        try:
+            stock.join(initial_peers)
+        except RuntimeError:
+            stock.close()
+            stock = StockPeer()
+            stock.join(initial_peers)
+        (expert,) = get_experts(dht, [OUR_UIDS["plain"]])
+        expert(torch.zeros(1, HIDDEN))
+        yield Swarm(server, dht, stock)
 
 
 @pytest.fixture(scope="package")
-def initial_peers(our_server: Server) -> list[str]:
-    """Addresses in the swarm."""
-    return list(visible_addresses(our_server.dht))
+def our_server(swarm: Swarm) -> Server:
+    """See Swarm."""
+    return swarm.server
 
 
 @pytest.fixture(scope="package")
-def stock(initial_peers: list[str]) -> Iterator[StockPeer]:
-    """The stock server and the stock client."""
-    peer = start_stock_peer(initial_peers)
-    yield peer
-    peer.close()
+def our_dht(swarm: Swarm) -> DHT:
+    """See Swarm."""
+    return swarm.dht
 
 
 @pytest.fixture(scope="package")
-def our_dht(initial_peers: list[str]) -> Iterator[DHT]:
-    """A DHT node for our clients. They have made a call, so that what all calls of a process share is there."""
-    dht = start_dht(initial_peers, host_maddrs=HOST_MADDRS)
-    (expert,) = get_experts(dht, [OUR_UIDS["plain"]])
-    expert(torch.zeros(1, HIDDEN))
-    yield dht
-    stop_dht(dht)
+def stock(swarm: Swarm) -> StockPeer:
+    """See Swarm."""
+    return swarm.stock

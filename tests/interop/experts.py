@@ -198,8 +198,8 @@ class Reference:
 def reference(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Reference:
     """Run a copy of a module on these inputs, and train it for one step."""
     module = copy.deepcopy(module)
-    outputs = run(module, args, kwargs).outputs
-    grad_outputs = [torch.randn(output.shape).to(output.dtype) for output in outputs if output.is_floating_point()]
+    outputs = [output for output in run(module, args, kwargs).outputs if output.is_floating_point()]
+    grad_outputs = [torch.randn(output.shape).to(output.dtype) / len(output) for output in outputs]
     result = run(module, args, kwargs, grad_outputs)
     torch.optim.SGD(module.parameters(), lr=LEARNING_RATE).step()
     return Reference(result, grad_outputs, dict(module.state_dict()))

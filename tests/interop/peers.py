@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_MADDRS = ["/ip4/127.0.0.1/tcp/0"]
-START_TIMEOUT_S = 60.0  # importing torch and hivemind, and forking two processes per stock expert
+START_TIMEOUT_S = 60.0  # for importing torch and hivemind, and forking two processes per stock expert
 CALL_TIMEOUT_S = 30.0
 
 STOCK_UIDS = {
@@ -55,17 +55,13 @@ class StockError(Exception):
 
 
 class StockPeer:
-    """A process with a stock server and a stock client in it (``tests.interop.stock_peer``).
+    """A process with a stock server and a stock client in it (``tests.interop.stock_peer``)."""
 
-    :param initial_peers: addresses in the swarm to join
-    """
-
-    def __init__(self, initial_peers: Sequence[str]):
+    def __init__(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
         self._log = tempfile.TemporaryFile()
-        command = [sys.executable, "-m", "tests.interop.stock_peer", str(theirs.fileno()), *initial_peers]
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "tests.interop.stock_peer", str(theirs.fileno())],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -76,8 +72,9 @@ class StockPeer:
         theirs.close()
         self.client_id, self.server_id = "", ""
 
-    def await_ready(self) -> None:
-        """Wait until its server serves and its client finds the experts."""
+    def join(self, initial_peers: Sequence[str]) -> None:
+        """Let it join a swarm; wait until its server serves and its client finds the experts."""
+        self._connection.send_bytes(pack(list(initial_peers)))
         self.client_id, self.server_id = self._receive("starting", START_TIMEOUT_S)
 
     def ask(self, command: str, *args: Any, **kwargs: Any) -> Any:
@@ -118,20 +115,6 @@ class StockPeer:
             path.unlink(missing_ok=True)
         self._connection.close()
         self._log.close()
-
-
-def start_stock_peer(initial_peers: Sequence[str]) -> StockPeer:
-    """A ready stock peer. A stock server can hang while it starts (it forks while it has threads), so there is a second try."""
-    for last_try in (False, True):
-        peer = StockPeer(initial_peers)
-        try:
-            peer.await_ready()
-            return peer
-        except BaseException as e:
-            peer.close()
-            if last_try or not isinstance(e, RuntimeError):
-                raise
-    raise AssertionError("unreachable")
 
 
 def _socket_files(group: int) -> set[Path]:

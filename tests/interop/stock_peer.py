@@ -1,6 +1,6 @@
 """A peer of stock hivemind, in a process of its own: a stock Server with experts, and a stock client that does as it is told.
 
-``python -m tests.interop.stock_peer CONNECTION [INITIAL_PEERS...]``; see ``tests.interop.peers.StockPeer`` for the other
+``python -m tests.interop.stock_peer DESCRIPTOR_OF_A_CONNECTION``; see ``tests.interop.peers.StockPeer`` for the other
 side. Uses nothing of ``moe``. Commands are the methods of ``Client``; their arguments and results are plain data and tensors.
 """
 
@@ -168,9 +168,10 @@ class Client:
 
 
 def main() -> None:
-    connection, initial_peers = Connection(int(sys.argv[1])), sys.argv[2:]
+    connection = Connection(int(sys.argv[1]))
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    initial_peers = unpack(connection.recv_bytes())
     # Both DHTs are forked before the server and the client start threads.
     client_dht = DHT(initial_peers, start=True, host_maddrs=HOST_MADDRS)
     server_dht = DHT(initial_peers, start=True, host_maddrs=HOST_MADDRS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -157,3 +158,33 @@ def test_long_messages_are_cut_and_our_own_errors_stay_what_they_are() -> None:
     assert len(str(as_expert_failure(ValueError("x" * 10_000)))) < MAX_ERROR_CHARS + 50
     ours = NonFiniteError("nan")
     assert as_expert_failure(ours) is ours
+
+
+def test_a_half_that_succeeds_has_no_effect_if_the_other_fails() -> None:
+    effects: list[float] = []
+
+    def compute(tasks: list[Task]) -> list[TaskResult]:
+        (one,) = tasks
+        if one.rows > 1:
+            raise torch.OutOfMemoryError
+        value = float(one.tensors[0])
+        if value == 3:
+            raise ValueError("bad row")
+        effects.append(value)
+        return [[one.tensors[0]]]
+
+    @contextlib.contextmanager
+    def undoable() -> Iterator[None]:
+        before = list(effects)
+        try:
+            yield
+        except BaseException:
+            effects[:] = before
+            raise
+
+    spoilt, good = task(0, rows=4), task(1, rows=2)
+    spoilt.tensors[0] = torch.arange(4.0)
+    outcomes = run_isolated([spoilt, good], compute, join, undoable)
+    assert str(outcomes[0]) == "ValueError: bad row"
+    assert not isinstance(outcomes[1], BaseException)
+    assert effects == [1.0, 1.0]

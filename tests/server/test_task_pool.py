@@ -21,7 +21,9 @@ def doubled(tasks: list[Task]) -> list[TaskResult]:
     return [[tensor * 2 for tensor in task.tensors] for task in tasks]
 
 
-def make_pool(func: Callable[[list[Task]], Sequence[TaskResult | BaseException]] = doubled, **options: object) -> TaskPool:
+def make_pool(
+    func: Callable[[list[Task]], Sequence[TaskResult | BaseException]] = doubled, **options: object
+) -> TaskPool:
     return TaskPool(func, **{"max_batch_size": 8, "name": "pool", "clock": FakeClock(0.0), **options})  # type: ignore[arg-type]
 
 
@@ -111,7 +113,9 @@ class _Unpicklable(Exception):
         super().__init__(threading.Lock())
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), _Unpicklable(), SystemExit(3), KeyboardInterrupt(), StopIteration()])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), _Unpicklable(), SystemExit(3), KeyboardInterrupt(), StopIteration()]
+)
 def test_a_batch_that_fails_as_a_whole_leaves_no_caller_waiting_and_the_pool_alive(error: BaseException) -> None:
     def fail(tasks: list[Task]) -> list[TaskResult]:
         if any(t.rows == 7 for t in tasks):

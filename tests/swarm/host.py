@@ -55,7 +55,8 @@ def main(spec: dict[str, Any]) -> int:
     )
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    print(json.dumps({"peers": peers_of(dht), "start_s": time.monotonic() - started}), flush=True)
+    sys.stdout.write(json.dumps({"peers": peers_of(dht), "start_s": time.monotonic() - started}) + "\n")
+    sys.stdout.flush()
     while not stop.is_set() and not server.wait(0.1):
         pass
     server.shutdown()

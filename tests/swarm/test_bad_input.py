@@ -16,7 +16,7 @@ from moe.dht import DHT
 from moe.errors import DeadlineExceeded, ExpertNotFound, ProtocolError, Refused, SchemaError
 from moe.server.server import Server
 from moe.transport.base import BACKWARD, FORWARD
-from moe.wire.hivemind_dialect import ExpertRequest, stream_requests, to_message
+from moe.wire.hivemind_dialect import ExpertRequest, to_message
 from moe.wire.messages import RequestHeader, encode_header
 from moe.wire.tensors import encode_tensor
 from tests.swarm.experts import WIDTH, make_backend
@@ -95,7 +95,7 @@ async def while_others_call(server: Server, raw: RawClient, bad: Any) -> Any:
         await call(good[0])
 
 
-@pytest.fixture()
+@pytest.fixture
 def send(server: Server, raw: RawClient) -> Callable[[Any], Any]:
     """Run a bad request while others call, and check that nothing was trained and nothing is left of it."""
 

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from moe.dht import DHT, peers_line, resolve_p2p, start_dht
+from moe.dht import DHT, PeerID, peers_line, resolve_p2p, start_dht
 from moe.errors import MoEError
 from moe.server.expert_backend import ExpertBackend
 from moe.server.server import Server
 from moe.transport.base import BACKWARD, FORWARD, Call, Reply
 from moe.transport.event_loop import client_loop
 from moe.transport.libp2p import LibP2PTransport
-from moe.wire.hivemind_dialect import RPC_BACKWARD, RPC_FORWARD, STREAM_SUFFIX, ExpertRequest, ExpertResponse
+from moe.wire.hivemind_dialect import RPC_BACKWARD, RPC_FORWARD, STREAM_SUFFIX, ExpertResponse
 from moe.wire.messages import RequestHeader, decode_reply_header
 
 T = TypeVar("T")
@@ -138,6 +138,11 @@ def checked(response: Any) -> Any:
     return response
 
 
+def report(text: str) -> None:
+    """Something to read beside the result of a test, such as how long things took (pytest -rP shows it)."""
+    sys.stdout.write(f"{text}\n")
+
+
 class Answer:
     """What became of an attempt, and how long that took."""
 
@@ -157,7 +162,7 @@ def refused(
     except Exception as e:
         answer.error = e
     answer.elapsed_s = time.monotonic() - started
-    print(f"{answer.elapsed_s * 1e3:.0f} ms: {answer.error!r:.300}")
+    report(f"refused after {answer.elapsed_s * 1e3:.0f} ms: {answer.error!r:.300}")
     assert type(answer.error) in (kind if isinstance(kind, tuple) else (kind,)), f"got {answer.error!r:.1000}"
     message = answer.error.message if isinstance(answer.error, MoEError) else str(answer.error)
     for text in texts:
@@ -173,9 +178,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0, what: s
         time.sleep(0.02)
 
 
-async def gather_limited(
-    make: Callable[[int], Awaitable[T]], count: int, at_once: int
-) -> list[T]:
+async def gather_limited(make: Callable[[int], Awaitable[T]], count: int, at_once: int) -> list[T]:
     """Results of ``make(0)``, ``make(1)``, ..., with a bounded number of them at one time."""
     room = asyncio.Semaphore(at_once)
 
@@ -287,8 +290,17 @@ class HostProcess(ChildProcess):
             self.__exit__()
             raise
         self.peers: list[str] = ready["peers"]
+        self.peer_id = PeerID.from_base58(self.peers[0].rsplit("/", 1)[1])
         self.start_s: float = ready["start_s"]
         self.family()
+
+    def rss_bytes(self) -> int:
+        """Memory of all its processes together."""
+        return sum(process.memory_info().rss for process in [self.process, *self.family()])
+
+    def descriptors(self) -> int:
+        """Open descriptors of all its processes together."""
+        return sum(process.num_fds() for process in [self.process, *self.family()])
 
     def __enter__(self) -> HostProcess:
         return self
