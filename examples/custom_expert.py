@@ -33,7 +33,7 @@ def main() -> None:
         lora_a, lora_b = (torch.randn(shape, requires_grad=True) for shape in ((64, 8), (8, 64)))
         y = expert(x, lora_a=lora_a, lora_b=lora_b)
         y.sum().backward()
-        print(f"output {tuple(y.shape)}; gradients of x, lora_a, lora_b: {[tuple(t.grad.shape) for t in (x, lora_a, lora_b)]}")
+        print("output", tuple(y.shape), "gradients", [tuple(t.grad.shape) for t in (x, lora_a, lora_b)])
         # ------------------------------------------------------------------------------------------------------------
         plain = expert(x)  # the same expert for a caller without an adapter
         print(f"the adapter changed the output by {(y - plain).abs().mean().item():.1f} on average")

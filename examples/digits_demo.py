@@ -11,6 +11,7 @@ Exit code: 0 if the test accuracy is at least 90 %, 1 if not, 130 after Ctrl+C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 import time
@@ -26,7 +27,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from moe import MoEError, RemoteMixtureOfExperts
+from moe import DHT, MoEError, RemoteMixtureOfExperts
 from moe.dht import list_servers
 from moe.testing import LocalSwarm
 
@@ -81,12 +82,12 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> fl
     return float((model(images).argmax(1) == labels).float().mean())
 
 
-def show_swarm(swarm: LocalSwarm, dht: object) -> None:
+def show_swarm(swarm: LocalSwarm, dht: DHT) -> None:
     """What this process has learned from the DHT about the servers, and where they listen."""
     maddrs = {maddr.rpartition("/p2p/")[2]: maddr.rpartition("/p2p/")[0] for maddr in swarm.initial_peers}
-    for server in list_servers(dht):
-        say(f"   peer [cyan]{server.peer_id}[/] at {maddrs.get(server.peer_id or '', 'an unknown address')}")
-        say(f"   hosts {', '.join(server.uids)}")
+    for number, server in enumerate(sorted(list_servers(dht), key=lambda server: server.uids)):
+        say(f"   server {number}: peer [cyan]{server.peer_id}[/] at {maddrs.get(server.peer_id or '')}")
+        say(f"             hosts {', '.join(server.uids)}")
 
 
 def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> tuple[Counter[str], int]:
@@ -115,7 +116,8 @@ def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor, epochs:
 
 def show_load(served: Counter[str]) -> None:
     """How the gate spread the training images over the experts."""
-    table = Table(title="training images served per expert, forward and backward", title_justify="left")
+    say("   Training rows served per expert, each forward and backward:")
+    table = Table()
     table.add_column("expert")
     table.add_column("server")
     table.add_column("rows", justify="right")
@@ -138,8 +140,10 @@ def run(epochs: int) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # this process and two servers share the machine
     say("[bold]A Mixture of Experts learns handwritten digits, over the network[/]\n")
-    say("1. Starting two servers, each a process of its own with four experts ...")
-    with LocalSwarm(server_arguments(0), server_arguments(1)) as swarm:
+    say("1. Starting two servers, each a process of its own with four experts")
+    with contextlib.ExitStack() as stack:
+        with console.status("   each loads torch, joins the swarm and announces its experts ..."):
+            swarm = stack.enter_context(LocalSwarm(server_arguments(0), server_arguments(1)))
         try:
             dht = swarm.dht()
             show_swarm(swarm, dht)

@@ -22,7 +22,7 @@ PATIENCE_S = 5.0  # for what is ending by itself
 ALLOWED_THREADS = re.compile(
     r"hivemind\.utils\.mpfuture\.BACKEND|moe-client-loop"
     r"|Thread-\d+ \(_serve\)"  # multiprocessing.resource_sharer, which hands descriptors to other processes
-    r"|asyncio_\d+|ThreadPoolExecutor-\d+_\d+"  # default pools, of event loops and other packages; ours are named
+    r"|(asyncio|uvloop)_\d+|ThreadPoolExecutor-\d+_\d+"  # default pools, of event loops and other packages; ours are named
 )
 ALLOWED_CHILDREN = re.compile(r"torch_shm_manager|multiprocessing\.(resource_tracker|forkserver)")
 ALLOWED_DESCRIPTORS = re.compile(r"/dev/u?random|/dev/null|/dev/pts/\d+|/dev/shm/(torch_|pym-).*")  # shared heaps

@@ -7,10 +7,8 @@ Legend: B = rows of the batch, E = distinct experts, N = (row, expert) pairs gro
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from moe.client.fan_out import Assignment, Indices, Quorum, fan_out
 from moe.errors import MoEError, NonFiniteError, ProtocolError, SchemaError, TooFewExperts
 from moe.schema import Entry, ExpertSchema, validate
 from moe.transport.base import Budget
+from moe.wire.messages import ExpertDescription
 
 
 class NonFiniteInput(NonFiniteError, ValueError):
@@ -189,23 +188,14 @@ class CallMany:
         return totals
 
 
-async def first_described(experts: Sequence[RemoteExpert], budget: Budget) -> RemoteExpert | list[MoEError]:
-    """Ask all experts at once what they take: the first one to tell, or why each of them does not."""
-    asked = {asyncio.ensure_future(expert.caller.describe(budget)): expert for expert in experts}
-    pending = set(asked)
-    try:
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                error = task.exception()
-                if error is None:
-                    return asked[task]
-                if not isinstance(error, MoEError):
-                    raise error
-        return [cast(MoEError, task.exception()) for task in asked]
-    finally:
-        for task in pending:
-            task.cancel()
+async def describe_any(
+    experts: Sequence[RemoteExpert], budget: Budget
+) -> list[tuple[ExpertDescription, ExpertSchema] | MoEError]:
+    """Ask all experts at once what they take; wait for the first one to tell."""
+    any_of_them = Quorum([np.zeros(1, np.int64)] * len(experts), np.ones(1, np.int64), zeros_allowed=False)
+    timeout_s = budget.left_s()
+    asked = [expert.caller.describe(budget) for expert in experts]
+    return await fan_out(asked, any_of_them, timeout_s=timeout_s, after_quorum_s=0.0)
 
 
 def check_finite(entries: Sequence[Entry], tensors: Sequence[torch.Tensor], what: str) -> None:

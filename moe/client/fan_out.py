@@ -27,8 +27,12 @@ Indices = NDArray[np.int64]
 _MAX_NAMED_ROWS = 20  # in an error message
 
 
-class GivenUp(CallTimeout):
-    """Not waited for, though there was time: every row had the answers it needs, or some row could not get them."""
+class CutOff(CallTimeout):
+    """Not waited for any longer, as every row had the answers it needs."""
+
+
+class Abandoned(MoEError):
+    """Not waited for any longer, as another call failed and the whole cannot succeed. Says nothing about this one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,14 +138,18 @@ class Quorum:
     @property
     def over(self) -> bool:
         """True if waiting longer cannot help: all is settled, or some row cannot get what it needs any more."""
-        return self._outstanding == 0 or bool(self._excused(self._answered_B + self._pending_B < self._needed_B).any())
+        return self._outstanding == 0 or bool(self._lost().any())
 
     def short_rows(self) -> Indices:
-        """Rows with fewer answers than they need, for now."""
-        return np.flatnonzero(self._excused(self._lacking()))
+        """Rows that cannot get the answers they need any more; if there are none, those that do not have them yet."""
+        lost_B = self._lost()
+        return np.flatnonzero(lost_B if lost_B.any() else self._excused(self._lacking()))
 
     def _lacking(self) -> NDArray[np.bool_]:
         return self._answered_B < self._needed_B
+
+    def _lost(self) -> NDArray[np.bool_]:
+        return self._excused(self._answered_B + self._pending_B < self._needed_B)
 
     def _excused(self, lacking_B: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return lacking_B & (self._answered_B > 0) if self._zeros_allowed else lacking_B
@@ -193,7 +201,7 @@ class _Wait:
         if not self.over.done():
             self._quorum.count(index, error is None)
             if error is not None and not isinstance(error, MoEError):
-                self._end(GivenUp)  # a mistake of ours, which fan_out raises
+                self._end(Abandoned)  # a mistake of ours, which fan_out raises
             self._consider()
 
     def stop(self) -> None:
@@ -203,11 +211,11 @@ class _Wait:
 
     def _consider(self) -> None:
         if self._quorum.over:
-            self._end(functools.partial(GivenUp, "another expert failed, and a row cannot reach its k_min any more"))
+            self._end(functools.partial(Abandoned, "others failed, so that some row cannot reach its k_min"))
         elif self._after_quorum_s is not None and self._quorum.reached and not self._in_extra_time:
             self._in_extra_time = True
             message = f"no answer within {self._after_quorum_s:.3g} s after every row had its k_min"
-            self._end_in(self._after_quorum_s, functools.partial(GivenUp, message))
+            self._end_in(self._after_quorum_s, functools.partial(CutOff, message))
 
     def _end_in(self, delay_s: float, why_not: Callable[[], MoEError]) -> None:
         self._timers.append(self._loop.call_later(delay_s, self._end, why_not))

@@ -22,10 +22,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from moe.client.beam_search import MoEBeamSearcher
-from moe.client.call_many import CallMany, NonFiniteInput, check_finite, first_described
+from moe.client.call_many import CallMany, NonFiniteInput, check_finite, describe_any
 from moe.client.calls import Gradients
 from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
-from moe.client.fan_out import Assignment, GivenUp, Quorum, name_rows
+from moe.client.fan_out import Abandoned, Assignment, CutOff, Quorum, name_rows
 from moe.config import ClientConfig, check_positive, replace_known
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
 from moe.expert_uid import ExpertInfo
@@ -148,7 +148,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.k_best, self.k_min, self.backward_k_min = k_best, k_min, backward_k_min
         self.forward_timeout, self.backward_timeout = forward_timeout, backward_timeout
         self.timeout_after_k_min = timeout_after_k_min
-        self.detect_anomalies, self.allow_zero_outputs = detect_anomalies, allow_zero_outputs
+        self.allow_zero_outputs = allow_zero_outputs
         check_positive(self, "k_best", allow_none=False)
         check_positive(self, "k_min", "backward_k_min", allow_none=False, allow_zero=True)
         check_positive(self, "forward_timeout", "backward_timeout")
@@ -156,6 +156,7 @@ class RemoteMixtureOfExperts(nn.Module):
         if max(k_min, backward_k_min) > k_best:
             raise ConfigError(f"k_min={k_min} and backward_k_min={backward_k_min} cannot exceed k_best={k_best}")
         self.config: ClientConfig = replace_known(config or DEFAULT_CONFIG, detect_anomalies=detect_anomalies or None)
+        self.detect_anomalies = self.config.detect_anomalies
         self.beam_search: BeamSearcher = beam_search or MoEBeamSearcher(
             dht, uid_prefix, tuple(grid_size), num_workers, negative_caching, cache_expiration
         )
@@ -320,12 +321,15 @@ class RemoteMixtureOfExperts(nn.Module):
         if self._typical is None:
             if not experts:
                 return self._describe_any(budget)[1]
-            first = client_loop().run(first_described(experts, budget))
-            if not isinstance(first, RemoteExpert):
-                self._note_failures(experts, first, "info")
-                message = f"none of {len(experts)} experts that were found says what it takes: {first[0]}"
-                raise TooFewExperts(message) from first[0]
-            self._typical = first, first.schema
+            described = client_loop().run(describe_any(experts, budget))
+            for expert, known in zip(experts, described):
+                if not isinstance(known, MoEError):
+                    self._typical = expert, known[1]
+                    return known[1]
+            error = next(iter(self._note_failures(experts, described, "info").values()))
+            raise TooFewExperts(
+                f"none of {len(experts)} experts that were found says what it takes: {error}"
+            ) from error
         return self._typical[1]
 
     def _describe_any(self, budget: Budget) -> tuple[RemoteExpert, ExpertSchema]:
@@ -344,14 +348,15 @@ class RemoteMixtureOfExperts(nn.Module):
         """Warn about experts that failed, and forget what we know of them."""
         failures = {}
         for expert, error in zip(experts, results):
-            if isinstance(error, MoEError):
-                failures[expert.uid] = error
-                if isinstance(error, GivenUp):
-                    continue  # slow, perhaps, but nothing is wrong with it
-                self._experts.pop(ExpertInfo(expert.uid, expert.peer_id), None)
-                self.beam_search.forget(expert.uid)
-                if isinstance(error, (SchemaError, ProtocolError)):
-                    self._typical = None  # experts may have changed; ask again
+            if not isinstance(error, MoEError) or isinstance(error, Abandoned):
+                continue
+            failures[expert.uid] = error
+            if isinstance(error, CutOff):
+                continue  # slow, perhaps, but nothing is wrong with it
+            self._experts.pop(ExpertInfo(expert.uid, expert.peer_id), None)
+            self.beam_search.forget(expert.uid)
+            if isinstance(error, (SchemaError, ProtocolError)):
+                self._typical = None  # experts may have changed; ask again
         if failures:
             reasons = "; ".join(f"{uid}: {type(error).__name__}: {error}" for uid, error in failures.items())
             logger.warning("%s: %d of %d experts failed: %.2000s", stage, len(failures), len(experts), reasons)

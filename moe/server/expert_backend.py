@@ -282,10 +282,12 @@ class ExpertBackend:
     def _compute_forward(self, tasks: list[Task]) -> list[TaskResult]:
         if tasks[0].rows == 0:
             return [self._empty_outputs(task) for task in tasks]
+        if self.detect_anomalies:
+            for task in tasks:  # before the module sees them: a BatchNorm would never get over it
+                self._refuse_non_finite(task.tensors, task.entries)
         results = self._run_lanes(tasks, self._forward_lane, self._forward_stacked)
         if self.detect_anomalies:
-            for task, result in zip(tasks, results):
-                self._refuse_non_finite(task.inputs, task.entries)
+            for result in results:
                 self._refuse_non_finite(result, self.schema.output_entries)
         return _to_cpu(results)
 
@@ -316,13 +318,14 @@ class ExpertBackend:
             raise ExpertFailed(f"the module returned something else than its schema says: {e.message}") from None
 
     def _empty_outputs(self, task: Task) -> TaskResult:
-        """Outputs for no rows: those of one row of zeros, without the row (a module need not take empty batches)."""
-        one_row = [
-            t.new_zeros((1, *t.shape[1:])) if entry.proto.batched else t for entry, t in zip(task.entries, task.tensors)
+        """Outputs for no rows: those of some rows of zeros, without the rows (a module need not take empty batches)."""
+        some_rows = [
+            t.new_zeros((DUMMY_BATCH_SIZE, *t.shape[1:])) if entry.proto.batched else t
+            for entry, t in zip(task.entries, task.tensors)
         ]
         with _no_trace(self.module):
-            outputs = self.forward(*one_row, present=task.present)
-        self._check_outputs(outputs, 1)
+            outputs = self.forward(*some_rows, present=task.present)
+        self._check_outputs(outputs, DUMMY_BATCH_SIZE)
         return [t[:0].cpu() if e.proto.batched else t.cpu() for e, t in zip(self.schema.output_entries, outputs)]
 
     # --- backward (Runtime thread) -----------------------------------------------------------------------------------
@@ -371,11 +374,13 @@ class ExpertBackend:
         """Gradients of these tasks; parameter gradients are added up, unless this raises: then they are as before."""
         if tasks[0].rows == 0:
             return [_zero_gradients(task) for task in tasks]
+        if self.detect_anomalies:
+            for task in tasks:
+                self._refuse_non_finite(task.tensors, task.entries)
         with self._parameter_gradients():
             results = self._run_lanes(tasks, self._backward_lane, self._backward_stacked)
             if self.detect_anomalies:
                 for task, result in zip(tasks, results):
-                    self._refuse_non_finite(task.tensors, task.entries)
                     self._refuse_non_finite(result, task.entries, "the gradient of ")
                 self._refuse_non_finite_parameters()
         return _to_cpu(results)
@@ -660,16 +665,21 @@ def _detached_copy(state: Any) -> Any:
 @contextlib.contextmanager
 def _no_trace(module: nn.Module) -> Iterator[None]:
     """Run a module without leaving a trace in it: buffers and random state as before, no gradients."""
-    saved = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    owners = list(module.modules())
+    kept = [dict(owner._buffers) for owner in owners]
+    values = {id(b): b.detach().clone() for buffers in kept for b in buffers.values() if b is not None}
     devices = {p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                if name in saved:
-                    buffer.copy_(saved[name])
+            for owner, buffers in zip(owners, kept):
+                owner._buffers.clear()  # also of those that were made or replaced
+                owner._buffers.update(buffers)
+                for buffer in buffers.values():
+                    if buffer is not None:
+                        buffer.copy_(values[id(buffer)])
 
 
 def _infer_outputs(name: str, module: nn.Module, schema: ExpertSchema) -> Nested:
@@ -705,7 +715,9 @@ def _infer_outputs(name: str, module: nn.Module, schema: ExpertSchema) -> Nested
         shapes.append(leaves)
     protos: list[TensorProto] = []
     has_rows = any(entry.proto.batched for entry in schema.input_entries(()))
-    for first, second in zip(*shapes, strict=True):
+    if len(shapes[0]) != len(shapes[1]):
+        raise SchemaError(f"{name}: {len(shapes[0])} outputs for 3 rows and {len(shapes[1])} for 2")
+    for first, second in zip(*shapes):
         if first.ndim != second.ndim:
             raise SchemaError(f"{name}: an output has {first.ndim} axes for 3 rows and {second.ndim} for 2")
         batched = (

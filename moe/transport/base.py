@@ -132,6 +132,25 @@ async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str, pe
         raise CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer) from None
 
 
+async def answered_within(answer: asyncio.Future[T], timeout_s: float | None, what: str, peer: str | None = None) -> T:
+    """``within`` for a bare future of this loop, at a tenth of the cost.
+
+    :raises CallTimeout: naming what took too long; the future holds the same error then
+    """
+    if timeout_s is None:
+        return await answer
+
+    def expire() -> None:
+        if not answer.done():
+            answer.set_exception(CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer))
+
+    timer = asyncio.get_running_loop().call_later(max(0.0, timeout_s), expire)
+    try:
+        return await answer
+    finally:
+        timer.cancel()
+
+
 class Budget:
     """A time budget shared by several waits."""
 

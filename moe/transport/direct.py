@@ -33,7 +33,7 @@ import torch
 
 from moe.errors import ConnectError, MoEError, PeerGone, ProtocolError
 from moe.schema import Compression
-from moe.transport.base import Admission, Call, ExpertService, Reply, within
+from moe.transport.base import Admission, Call, ExpertService, Reply, answered_within
 from moe.transport.link import Link, LinkSocket
 from moe.transport.tickets import Ticket, TicketOffice
 from moe.wire.frames import (
@@ -240,7 +240,7 @@ class DirectClient:
         self._limits[number] = 4 * call.reply_bytes + 2**26
         try:
             self.link.send(number, opening, encoded)
-            arrived = await within(answered, timeout_s, f"{call.method} of {call.uid}", self.peer)
+            arrived = await answered_within(answered, timeout_s, f"{call.method} of {call.uid}", self.peer)
         except BaseException:
             self.link.cancel(number)
             raise

@@ -98,7 +98,9 @@ class EventLoopThread:
             if tasks:
                 self._loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            with contextlib.suppress(RuntimeError):  # no new thread at interpreter exit, where the pool has ended before
+            with contextlib.suppress(
+                RuntimeError
+            ):  # no new thread at interpreter exit, where the pool has ended before
                 self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 

@@ -101,7 +101,7 @@ class MemoryTransport:
         except MoEError as e:
             return encode_header(ReplyHeader(error=WireError.from_exception(e))), []
         answers = [encode_tensor(tensor, codec) for tensor, codec in zip(reply.tensors, reply.codecs)]
-        header = encode_header(reply.header) if reply.header is not None else b""
+        header = encode_header(reply.header) if reply.header is not None and metadata else b""  # as to a stock client
         assembled = TensorAssembler(_Unbounded())
         for message in stream_responses(answers, header):
             for part in ExpertResponse.FromString(message.SerializeToString()).tensors:

@@ -102,9 +102,7 @@ class FullSearch:
         self.searches: list[float | None] = []  # timeout_s of each
         self.forgotten: list[str] = []
 
-    def search(
-        self, batch_scores: Sequence[Any], beam_size: int, *, timeout_s: float | None
-    ) -> list[list[ExpertInfo]]:
+    def search(self, batch_scores: Sequence[Any], beam_size: int, *, timeout_s: float | None) -> list[list[ExpertInfo]]:
         self.searches.append(timeout_s)
         if not self.uids:
             return [[] for _ in batch_scores[0]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe import DHT, BatchTensorProto, ModuleBackend, Server, TensorProto, get_experts
+from moe import DHT, BatchTensorProto, ModuleBackend, Server, TensorProto, declare_experts, get_experts
 from moe.dht import start_dht, stop_dht, visible_addresses
 from moe.server.layers.adapted import AdaptedFeedforwardBlock, adapted_ffn_schema
 from tests.interop.experts import HIDDEN, KINDS, LEARNING_RATE
@@ -102,6 +102,9 @@ def swarm() -> Iterator[Swarm]:
             stock.close()
             stock = StockPeer()
             stock.join(initial_peers)
+        # The next announcement, brought forward: stock clients trust the node next to them, which has joined after the
+        # first one, and so knows only what stock servers have stored in the grid that both host.
+        declare_experts(server.dht, list(server.expert_backends))
         (expert,) = get_experts(dht, [OUR_UIDS["plain"]])
         expert(torch.zeros(1, HIDDEN))
         yield Swarm(server, dht, stock)

@@ -102,32 +102,37 @@ class StockPeer:
 
     def close(self) -> None:
         """End it and everything it has started, the hard way: stock servers do not always end by themselves."""
-        group = self._process.pid
-        sockets = _socket_files(group)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+        end_group(self._process.pid)
         self._process.wait()
-        deadline = time.monotonic() + 10.0
-        while members := _alive_in_group(group):
-            assert time.monotonic() < deadline, f"still there after SIGKILL: {members}"
-            time.sleep(0.05)
-        for path in sockets:
-            path.unlink(missing_ok=True)
         self._connection.close()
         self._log.close()
+
+
+def end_group(group: int) -> None:
+    """Kill what is left of a process group, and see that it is gone, with the socket files of its libp2p daemons."""
+    sockets = _socket_files(group)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    deadline = time.monotonic() + 10.0
+    while members := alive_in_group(group):
+        assert time.monotonic() < deadline, f"still there after SIGKILL: {members}"
+        time.sleep(0.05)
+    for path in sockets:
+        path.unlink(missing_ok=True)
 
 
 def _socket_files(group: int) -> set[Path]:
     """Those of libp2p daemons, which nobody removes when they are killed."""
     found: set[Path] = set()
-    for process in _alive_in_group(group):
+    for process in alive_in_group(group):
         with contextlib.suppress(psutil.Error):
             paths = (str(connection.laddr) for connection in process.net_connections("unix"))
             found.update(Path(path) for path in paths if path.startswith("/tmp/hivemind-"))
     return found
 
 
-def _alive_in_group(group: int) -> list[psutil.Process]:
+def alive_in_group(group: int) -> list[psutil.Process]:
+    """The running processes of a group."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from moe.dht import DHT, PeerID, peers_line, resolve_p2p, start_dht
 from moe.errors import MoEError
 from moe.server.expert_backend import ExpertBackend
 from moe.server.server import Server
+from moe.server.task_pool import Task, TaskPool
 from moe.transport.base import BACKWARD, FORWARD, Call, Reply
 from moe.transport.event_loop import client_loop
 from moe.transport.libp2p import LibP2PTransport
@@ -57,6 +59,7 @@ class RawClient:
 
     def __init__(self, dht: DHT, peer_id: Any):
         self.transport, self.peer_id = LibP2PTransport(resolve_p2p(dht)), peer_id
+        self.run(self.transport._connected())  # now, not in the middle of a test that counts descriptors
 
     def close(self) -> None:
         """Drop its connection."""
@@ -189,6 +192,39 @@ async def gather_limited(make: Callable[[int], Awaitable[T]], count: int, at_onc
     return await asyncio.gather(*(one(i) for i in range(count)))
 
 
+class Gate:
+    """For ``Server(on_batch=...)``: holds the Runtime before its next batch, so that tasks gather behind it.
+
+    :ivar batches: (pool, tasks) of each batch so far
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str, int]] = []
+        self._held, self._open = threading.Event(), threading.Event()
+        self._open.set()
+
+    def __call__(self, pool: TaskPool, batch: list[Task]) -> None:
+        self.batches.append((pool.name, len(batch)))
+        if not self._open.is_set():
+            self._held.set()
+            assert self._open.wait(60), "nobody has opened the gate"
+
+    @contextlib.contextmanager
+    def closed(self, blocker: Callable[[], object]) -> Iterator[None]:
+        """Until the end of the body no batch is run.
+
+        :param blocker: submits a task, of another pool: the one that is held
+        """
+        self._held.clear()
+        self._open.clear()
+        try:
+            blocker()
+            assert self._held.wait(30), "the Runtime took no batch"
+            yield
+        finally:
+            self._open.set()
+
+
 # --- other processes -----------------------------------------------------------------------------------------------
 
 
@@ -255,8 +291,6 @@ class _Killer:
     """Ends a process that says nothing for too long."""
 
     def __init__(self, popen: subprocess.Popen[str], timeout_s: float):
-        import threading
-
         self._popen, self._timeout_s, self._fired = popen, timeout_s, False
         self._timer = threading.Timer(timeout_s, self._fire)
 

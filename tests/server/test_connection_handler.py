@@ -1,0 +1,553 @@
+"""ConnectionHandler: what is refused before it waits, and what a caller is told. The client's own checks are bypassed:
+calls are made by hand, as a hostile or a stock client would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from moe.config import HandlerConfig
+from moe.errors import (
+    DeadlineExceeded,
+    ExpertFailed,
+    ExpertNotFound,
+    MoEError,
+    Overloaded,
+    ProtocolError,
+    Refused,
+    SchemaError,
+    Unavailable,
+)
+from moe.schema import BatchTensorProto, Compression, TensorProto
+from moe.server.connection_handler import ConnectionHandler
+from moe.server.expert_backend import ExpertBackend
+from moe.testing import FaultPlan, MemoryServer, MemorySwarm, MemoryTransport, memory_swarm
+from moe.transport.base import BACKWARD, FORWARD, Call, Reply
+from moe.transport.event_loop import client_loop
+from moe.wire.messages import RequestHeader, decode_request_header, new_request_id
+from tests.experts import (
+    HIDDEN,
+    LoraExpert,
+    in_parallel,
+    linear_backend,
+    local_twin,
+    lora_backend,
+    parameters_of,
+    run_with_gradients,
+    seeded,
+    unchanged,
+)
+
+B = BatchTensorProto
+WAIT_S = 20.0  # generous: the machine may be busy
+NATIVE = RequestHeader()
+
+
+def make_call(method: str, uid: str, tensors: Sequence[torch.Tensor], header: RequestHeader | None) -> Call:
+    return Call(method, uid, header, list(tensors), [Compression.NONE] * len(tensors))
+
+
+def send(
+    swarm: MemorySwarm,
+    method: str,
+    tensors: Sequence[torch.Tensor],
+    header: RequestHeader | None = NATIVE,
+    uid: str = "lora.0",
+    timeout_s: float | None = WAIT_S,
+) -> Reply:
+    call = make_call(method, uid, tensors, header)
+    return client_loop().run(swarm.transport.call(swarm.server.peer, call, timeout_s=timeout_s), WAIT_S)
+
+
+def x(rows: int = 2, length: int = 3) -> torch.Tensor:
+    return torch.randn(rows, length, HIDDEN)
+
+
+def adapter(rank: int = 2) -> list[torch.Tensor]:
+    return [torch.randn(HIDDEN, rank), torch.randn(rank, HIDDEN)]
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+LORA = RequestHeader(present=("lora_a", "lora_b"))
+MASK = RequestHeader(present=("mask",))
+BAD_INPUT: dict[str, tuple[str, list[torch.Tensor], RequestHeader | None, str]] = {
+    "no arg": (FORWARD, [], NATIVE, r"expected 1 tensors \(args\[0\]\), got 0"),
+    "an arg too many": (FORWARD, [x(), x()], NATIVE, r"expected 1 tensors \(args\[0\]\), got more"),
+    "ndim of an arg": (FORWARD, [x()[0]], NATIVE, r"args\[0\]: expected float32\(batch, any, 6\), got float32\(3, 6\)"),
+    "size of an arg": (FORWARD, [x()[..., :5]], NATIVE, r"args\[0\]: expected float32\(batch, any, 6\), got .*2, 3, 5"),
+    "dtype of an arg": (FORWARD, [x().half()], NATIVE, r"args\[0\]: expected float32.*got float16\(2, 3, 6\)"),
+    "too many rows": (FORWARD, [x(33)], NATIVE, r"args\[0\]: 33 rows, at most 32"),
+    "a kwarg said but not sent": (FORWARD, [x()], MASK, r"expected 2 tensors \(args\[0\], kwargs\['mask'\]\), got 1"),
+    "a kwarg sent but not said": (FORWARD, [x(), torch.ones(2, 3).bool()], NATIVE, "got more"),
+    "an unknown kwarg": (FORWARD, [x(), x()], RequestHeader(present=("nonsense",)), "nonsense"),
+    "a kwarg twice": (FORWARD, [x(), x()], RequestHeader(present=("mask", "mask")), "mask"),
+    "ndim of a kwarg": (FORWARD, [x(), torch.ones(2).bool()], MASK, r"kwargs\['mask'\]: expected bool\(batch, any\)"),
+    "dtype of a kwarg": (FORWARD, [x(), torch.ones(2, 3)], MASK, r"kwargs\['mask'\]: expected bool.*got float32"),
+    "rows of a kwarg": (FORWARD, [x(), torch.ones(3, 3).bool()], MASK, r"kwargs\['mask'\]: expected 2 rows.*got 3"),
+    "size of a global": (
+        FORWARD, [x(), torch.ones(5, 2), torch.ones(2, 6)], LORA, r"kwargs\['lora_a'\]: expected float32\(6, any\)",
+    ),
+    "ndim of a global": (
+        FORWARD, [x(), torch.ones(2, 6, 2), torch.ones(2, 6)], LORA, r"kwargs\['lora_a'\].*got float32\(2, 6, 2\)",
+    ),
+    "no gradient": (BACKWARD, [x()], NATIVE, r"expected 2 tensors \(args\[0\], grad_outputs\), got 1"),
+    "a gradient too many": (BACKWARD, [x(), x(), x()], NATIVE, "got more"),
+    "ndim of a gradient": (BACKWARD, [x(), x()[0]], NATIVE, r"grad_outputs: expected float32\(batch, any, 6\)"),
+    "size of a gradient": (BACKWARD, [x(), x()[..., :5]], NATIVE, "grad_outputs: expected"),
+    "dtype of a gradient": (BACKWARD, [x(), x().double()], NATIVE, "grad_outputs: .*float64"),
+    "rows of a gradient": (BACKWARD, [x(2), x(3)], NATIVE, "grad_outputs: expected 2 rows.*got 3"),
+    "gradient mask": (
+        BACKWARD, [x(), x()], RequestHeader(wants_grad=(True, True)), "wants_grad: expected 1 flags",
+    ),
+    "an arg too many, stock": (FORWARD, [x(), x()], None, "got more"),
+    "no gradient, stock": (BACKWARD, [x()], None, "expected 2 tensors"),
+    "rows of a gradient, stock": (BACKWARD, [x(2), x(3)], None, "expected 2 rows"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def swarm():  # noqa: ANN201
+    backend = lora_backend(seeded(LoraExpert), max_batch_size=32)
+    with memory_swarm({"lora.0": backend}) as swarm:
+        yield swarm
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named_in_time_and_good_calls_stay_exact(swarm: MemorySwarm, case: str) -> None:
+    method, tensors, header, problem = BAD_INPUT[case]
+    good = x()
+    expected = local_twin(swarm.server.backends["lora.0"].module)(good)
+    start = time.monotonic()
+    bad, concurrent = in_parallel(
+        [lambda: send(swarm, method, tensors, header), lambda: send(swarm, FORWARD, [good]).tensors[0]]
+    )
+    assert time.monotonic() - start < 2.0
+    with pytest.raises(SchemaError, match=problem):
+        raise bad
+    for output in (concurrent, send(swarm, FORWARD, [good]).tensors[0]):
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert swarm.server.handler.inflight_bytes == 0
+    assert swarm.server.pending == 0
+
+
+def test_unknown_experts_and_methods(swarm: MemorySwarm) -> None:
+    for uid in ("lora.1", "", "lora.0 lora.0", "é" * 3000):
+        with pytest.raises(ExpertNotFound, match="no expert"):
+            send(swarm, FORWARD, [x()], uid=uid)
+    with pytest.raises(ExpertNotFound):
+        client_loop().run(swarm.transport.info(swarm.server.peer, "lora.1", timeout_s=WAIT_S))
+    with pytest.raises(Refused, match="unknown method 'train'"):
+        send(swarm, "train", [x()])
+
+
+def test_a_peer_that_may_not_call_is_refused_before_its_tensors_are_looked_at() -> None:
+    asked = []
+
+    def authorize(peer: str, method: str, uid: str) -> bool:
+        asked.append((peer, method, uid))
+        return method == FORWARD
+
+    module = seeded(LoraExpert)
+    backend = lora_backend(module, torch.optim.SGD(module.parameters(), lr=1.0))
+    handler = ConnectionHandler({"lora.0": backend}, authorize=authorize)
+    before = parameters_of(module)
+    with pytest.raises(Refused, match="not allowed to call backward"):
+        handler.open("mallory", BACKWARD, "lora.0", None)
+    assert handler.open("alice", FORWARD, "lora.0", None)
+    assert asked == [("mallory", BACKWARD, "lora.0"), ("alice", FORWARD, "lora.0")]
+    assert unchanged(module, before)
+    assert repr(handler) == "ConnectionHandler(1 experts, 0 bytes in flight)"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_metadata_is_a_header_or_a_typed_error(metadata: bytes) -> None:
+    try:
+        header = decode_request_header(metadata)
+    except (ProtocolError, Refused):
+        return
+    backend = _FUZZED.backends["lora.0"]
+    try:
+        admission = _FUZZED.open("fuzz", FORWARD, "lora.0", header)
+    except SchemaError:  # names of kwargs that do not exist
+        assert header is not None
+        assert set(header.present) - set(backend.schema.optional) or len(set(header.present)) < len(header.present)
+        return
+    admission.release()
+
+
+_FUZZED = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))})
+
+
+# --- bounds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_bounded_before_memory_is_taken() -> None:
+    handler = ConnectionHandler(
+        {"lora.0": lora_backend(seeded(LoraExpert))}, HandlerConfig(max_request_bytes=1000, max_inflight_bytes=1500)
+    )
+    first = handler.open("peer", FORWARD, "lora.0", NATIVE)
+    assert first.admit(0, (1, 40, HIDDEN), "float32", Compression.NONE) == 960
+    with pytest.raises(SchemaError, match="exceeds 1000 bytes"):
+        handler.open("peer", FORWARD, "lora.0", NATIVE).admit(0, (1, 10**9, HIDDEN), "float32", Compression.NONE)
+    with pytest.raises(Overloaded, match="960 bytes of requests are in flight"):
+        handler.open("peer", FORWARD, "lora.0", NATIVE).admit(0, (1, 30, HIDDEN), "float32", Compression.NONE)
+    assert handler.inflight_bytes == 960
+    first.release()
+    assert handler.inflight_bytes == 0
+
+
+def test_what_a_lossy_codec_unpacks_to_counts() -> None:
+    handler = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))}, HandlerConfig(max_request_bytes=2**20))
+    admission = handler.open("peer", FORWARD, "lora.0", NATIVE)
+    with pytest.raises(SchemaError, match="exceeds"):
+        admission.admit(0, (1, 2**16, HIDDEN), "float32", Compression.UNIFORM_8BIT)
+
+
+def test_a_full_pool_is_told_at_once() -> None:
+    backend = linear_backend("e.0", pool_size=2)
+    with memory_swarm({"e.0": backend}) as swarm, swarm.server.paused():
+        data = torch.randn(1, HIDDEN)
+        header = RequestHeader(time_left_s=1.0)
+        outcomes = in_parallel([lambda: send(swarm, FORWARD, [data], header, "e.0")] * 5)
+    assert sorted(type(outcome) for outcome in outcomes if isinstance(outcome, Overloaded)) == [Overloaded] * 3
+    assert all(isinstance(outcome, (Overloaded, DeadlineExceeded)) for outcome in outcomes)
+
+
+def test_one_peer_cannot_take_all_places() -> None:
+    backend = linear_backend("e.0", pool_size=8)
+    backend.forward_pool.config = dataclasses.replace(backend.forward_pool.config, max_pending_per_peer=3)
+    backend.forward_pool._queue.config = backend.forward_pool.config
+    with MemoryServer({"e.0": backend}) as server, server.paused():
+        greedy = MemorySwarm([server])
+        greedy.transport.caller = "greedy"  # type: ignore[attr-defined]
+        other = MemoryTransport({"server": server.handler}, caller="modest")
+        header = RequestHeader(time_left_s=1.0)
+        data = torch.randn(1, HIDDEN)
+        flood = in_parallel([lambda: send(greedy, FORWARD, [data], header, "e.0")] * 6)
+        assert sum(isinstance(outcome, Overloaded) for outcome in flood) == 3
+        call = other.call(server.peer, make_call(FORWARD, "e.0", [data], header), timeout_s=WAIT_S)
+        with pytest.raises(DeadlineExceeded):  # it had a place
+            client_loop().run(call)
+
+
+# --- deadlines and callers that go -------------------------------------------------------------------------------------
+
+
+def test_what_is_late_is_answered_and_never_computed() -> None:
+    module = seeded(LoraExpert)
+    with memory_swarm({"lora.0": lora_backend(module)}) as swarm:
+        launches = module.launches
+        with swarm.server.paused():
+            header = RequestHeader(time_left_s=0.05, request_id=new_request_id())
+            for method, tensors in ((FORWARD, [x()]), (BACKWARD, [x(), x()])):
+                with pytest.raises(DeadlineExceeded):
+                    send(swarm, method, tensors, header)
+        send(swarm, FORWARD, [x(1, 1)])
+        assert module.launches == launches + 1
+
+
+def test_the_servers_own_limit_counts_where_the_caller_sets_none() -> None:
+    config = HandlerConfig(request_timeout_s=0.05)
+    with memory_swarm({"e.0": linear_backend("e.0")}, handler_config=config) as swarm, swarm.server.paused():
+        for header in (None, NATIVE, RequestHeader(time_left_s=1e9), RequestHeader(time_left_s=math.inf)):
+            with pytest.raises(DeadlineExceeded):
+                send(swarm, FORWARD, [torch.randn(1, HIDDEN)], header, "e.0")
+
+
+def test_a_forward_whose_caller_has_gone_is_withdrawn_and_a_backward_is_not() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    with memory_swarm({"e.0": backend}) as swarm:
+        with swarm.server.paused():
+            for method, tensors, left in (
+                (FORWARD, [torch.randn(1, HIDDEN)], 0),
+                (BACKWARD, [torch.randn(1, HIDDEN)] * 2, 1),
+            ):
+                call = make_call(method, "e.0", tensors, RequestHeader(request_id=new_request_id()))
+                future = client_loop().submit(swarm.transport.call(swarm.server.peer, call, timeout_s=WAIT_S))
+                swarm.server.wait_pending(1)
+                future.cancel()
+                wait_until(lambda left=left: swarm.server.pending == left)
+        wait_until(lambda: backend.updates == 1)  # a repeat of it may be under way
+    assert swarm.server.handler.inflight_bytes == 0
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_when_the_runtime_dies_waiting_calls_fail_at_once() -> None:
+    plan = FaultPlan()
+    plan.crash_runtime(at_batch=1, pool="lora.0_forward")
+    with memory_swarm({"lora.0": lora_backend(seeded(LoraExpert))}, plan=plan) as swarm:
+        start = time.monotonic()
+        outcomes = in_parallel([lambda: send(swarm, FORWARD, [x()])] * 4)
+        assert time.monotonic() - start < 2.0
+        assert [type(outcome) for outcome in outcomes] == [Unavailable] * 4
+        with pytest.raises(Unavailable, match="has died"):
+            send(swarm, BACKWARD, [x(), x()], RequestHeader(request_id=new_request_id()))
+        assert not swarm.server.runtime.is_alive()
+
+
+def test_ten_thousand_failing_calls_leave_nothing(swarm: MemorySwarm) -> None:
+    handler = swarm.server.handler
+    tensors = [x()[..., :5]]
+    for _ in range(10_000):
+        admission = handler.open("peer", FORWARD, "lora.0", NATIVE)
+        with pytest.raises(SchemaError):
+            admission.admit(0, tuple(tensors[0].shape), "float32", Compression.NONE)
+        admission.release()
+    assert handler.inflight_bytes == 0
+    assert swarm.server.pending == 0
+    assert repr(handler.once) == "OnceWindow(0 running, 0 answers of 0 bytes)"
+
+
+# --- modules that misbehave --------------------------------------------------------------------------------------------
+
+
+class Misbehaving(nn.Module):
+    """Behaves badly where a row holds a magic number."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if bool((x == 1).any()):
+            raise RuntimeError("secret /path/to/file.py")
+        if bool((x == 2).any()):
+            return x[:-1]
+        if bool((x == 3).any()):
+            return None
+        if bool((x == 4).any()):
+            raise type("Unpicklable", (Exception,), {"__reduce__": None})("gone")
+        return x * 2
+
+
+@pytest.mark.parametrize("magic", [1, 2, 3, 4])
+def test_only_the_caller_of_a_misbehaving_module_is_hurt(magic: int) -> None:
+    backend = ExpertBackend("e.0", Misbehaving(), args_schema=(B(2),), outputs_schema=B(2))
+    with memory_swarm({"e.0": backend}) as swarm:
+        inputs = [torch.randn(2, 2) for _ in range(9)]
+        inputs[4][0, 0] = float(magic)
+        calls = [lambda data=data: send(swarm, FORWARD, [data], NATIVE, "e.0").tensors[0] for data in inputs]
+        calls += [
+            lambda data=data: send(swarm, BACKWARD, [data, torch.ones(2, 2)], NATIVE, "e.0").tensors[0]
+            for data in inputs
+        ]
+        with swarm.server.paused():
+            pending = threading.Thread(target=lambda: outcomes.extend(in_parallel(calls)))
+            outcomes: list[Any] = []
+            pending.start()
+            swarm.server.wait_pending(18)
+        pending.join(WAIT_S)
+    for i, outcome in enumerate(outcomes):
+        if i % 9 == 4:
+            assert isinstance(outcome, ExpertFailed)
+            assert "Traceback" not in str(outcome)
+        else:
+            assert torch.equal(outcome, inputs[i] * 2 if i < 9 else torch.full((2, 2), 2.0))
+
+
+def test_two_lengths_at_once_are_both_answered(swarm: MemorySwarm) -> None:
+    twin = local_twin(swarm.server.backends["lora.0"].module)
+    inputs = [x(2, 7), x(2, 9), x(3, 7)]
+    for data, reply in zip(inputs, in_parallel([lambda data=data: send(swarm, FORWARD, [data]) for data in inputs])):
+        torch.testing.assert_close(reply.tensors[0], twin(data), atol=1e-5, rtol=1e-5)
+
+
+# --- replies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_native_reply_says_which_gradients_it_has_and_how_long_it_took(swarm: MemorySwarm) -> None:
+    a, b = adapter()
+    mask = torch.ones(2, 3).bool()
+    data, grad = x(), x()
+    names = ("lora_a", "lora_b", "mask")
+    reply = send(swarm, BACKWARD, [data, a, b, mask, grad], RequestHeader(present=names))
+    assert reply.header is not None
+    assert reply.header.has_grad == (True, True, True, False)
+    assert reply.header.compute_s > 0
+    assert reply.header.queue_s >= 0
+    wanted = RequestHeader(present=names, wants_grad=(False, True, False, True))
+    some = send(swarm, BACKWARD, [data, a, b, mask, grad], wanted)
+    assert some.header is not None
+    assert some.header.has_grad == (False, True, False, False)
+    torch.testing.assert_close(some.tensors[0], reply.tensors[1])
+    unsorted = RequestHeader(present=("mask", "lora_b", "lora_a"))
+    assert send(swarm, FORWARD, [data, a, b, mask], unsorted).tensors[0].shape == data.shape
+
+
+def test_a_large_global_is_digested_without_blocking_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    backend = ExpertBackend("e.0", nn.Identity(), args_schema=(B(1),), kwargs_schema={"w": TensorProto(None)},
+                            outputs_schema=B(1))  # fmt: skip
+    backend.module.forward = lambda data, w: data * w.sum()  # type: ignore[method-assign, assignment]
+    make = backend.make_task
+    monkeypatch.setattr(
+        backend, "make_task", lambda *args: threads.append(threading.current_thread().name) or make(*args)
+    )
+    with memory_swarm({"e.0": backend}) as swarm:
+        for values in (10, 2**19):
+            reply = send(swarm, FORWARD, [torch.ones(1, 1), torch.ones(values)], NATIVE, "e.0")
+            assert float(reply.tensors[0]) == values
+    assert threads[0] == "moe-client-loop"  # where a MemoryTransport serves
+    assert threads[1] != threads[0]
+
+
+# --- the stock dialect -------------------------------------------------------------------------------------------------
+
+
+def test_a_stock_client_calls_without_header_and_without_optional_kwargs(swarm: MemorySwarm) -> None:
+    module = swarm.server.backends["lora.0"].module
+    data, grad = x(), x()
+    expected, gradients = run_with_gradients(local_twin(module), [data], {}, grad)
+    forward, backward = send(swarm, FORWARD, [data], None), send(swarm, BACKWARD, [data, grad], None)
+    assert forward.header is None
+    assert backward.header is None
+    torch.testing.assert_close(forward.tensors[0], expected)
+    torch.testing.assert_close(backward.tensors[0], gradients["0"])
+
+
+def test_a_stock_client_gets_zeros_for_integer_inputs_and_sends_gradients_of_integer_outputs() -> None:
+    class Mixed(nn.Module):
+        def forward(self, ids: torch.Tensor, data: torch.Tensor, flag: torch.Tensor) -> Any:
+            return data * ids[:, None], ids + 1
+
+    backend = ExpertBackend(
+        "e.0", Mixed(), args_schema=(B(dtype=torch.int64), B(2)), kwargs_schema={"flag": B(dtype=torch.bool)}
+    )
+    ids, data, flag = torch.tensor([1, 2, 3]), torch.randn(3, 2), torch.tensor([True, False, True])
+    grad = torch.randn(3, 2)
+    with memory_swarm({"e.0": backend}) as swarm:
+        outputs = send(swarm, FORWARD, [ids, data, flag], None, "e.0").tensors
+        assert torch.equal(outputs[1], ids + 1)
+        stock = send(swarm, BACKWARD, [ids, data, flag, grad, torch.zeros_like(ids)], None, "e.0").tensors
+        assert [(t.dtype, tuple(t.shape)) for t in stock] == [
+            (torch.int64, (3,)),
+            (torch.float32, (3, 2)),
+            (torch.bool, (3,)),
+        ]
+        assert not stock[0].any()
+        assert not stock[2].any()
+        torch.testing.assert_close(stock[1], grad * ids[:, None])
+        native = send(swarm, BACKWARD, [ids, data, flag, grad], NATIVE, "e.0")
+        assert native.header is not None
+        assert native.header.has_grad == (False, True, False)
+        with pytest.raises(SchemaError, match="got more"):
+            send(swarm, BACKWARD, [ids, data, flag, grad, torch.zeros_like(ids)], NATIVE, "e.0")
+
+
+def test_stock_backwards_train_each_time_and_are_not_kept() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    with memory_swarm({"e.0": backend}) as swarm:
+        for _ in range(2):
+            send(swarm, BACKWARD, [torch.randn(1, HIDDEN)] * 2, None, "e.0")
+        assert backend.updates == 2
+        assert repr(swarm.server.handler.once) == "OnceWindow(0 running, 0 answers of 0 bytes)"
+
+
+# --- exactly once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeated_backward_never_trains_twice_also_while_the_first_is_running() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    twin = local_twin(backend.module)
+    data, grad = torch.randn(2, HIDDEN), torch.randn(2, HIDDEN)
+    header = RequestHeader(request_id=new_request_id())
+    _, gradients = run_with_gradients(twin, [data], {}, grad)
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    with memory_swarm({"e.0": backend}) as swarm:
+        outcomes: list[Any] = []
+        calls = [lambda: send(swarm, BACKWARD, [data, grad], header, "e.0")] * 4
+        with swarm.server.paused():
+            concurrent = threading.Thread(target=lambda: outcomes.extend(in_parallel(calls)))
+            concurrent.start()
+            wait_until(lambda: swarm.server.handler.requests == 4)
+            time.sleep(0.05)
+            assert swarm.server.pending == 1
+        concurrent.join(WAIT_S)
+        outcomes.append(send(swarm, BACKWARD, [data, grad], header, "e.0"))
+        for outcome in outcomes:
+            assert torch.equal(outcome.tensors[0], outcomes[0].tensors[0])
+            torch.testing.assert_close(outcome.tensors[0], gradients["0"])
+        assert backend.updates == 1
+        assert unchanged(backend.module, parameters_of(twin))
+        send(swarm, BACKWARD, [data, grad], RequestHeader(request_id=new_request_id()), "e.0")
+        assert backend.updates == 2
+
+
+def test_ids_of_different_peers_and_experts_are_different_ids() -> None:
+    backends = {uid: linear_backend(uid, lr=0.1) for uid in ("e.0", "e.1")}
+    header = RequestHeader(request_id=new_request_id())
+    with memory_swarm(backends) as swarm:
+        handler = swarm.server.handler
+        alice, bob = (MemoryTransport({"server": handler}, caller=name) for name in ("alice", "bob"))
+        for transport, uid in ((alice, "e.0"), (bob, "e.0"), (alice, "e.1"), (alice, "e.0")):
+            call = make_call(BACKWARD, uid, [torch.randn(1, HIDDEN)] * 2, header)
+            client_loop().run(transport.call(MemoryServer({}, "server").peer, call, timeout_s=WAIT_S))
+        assert {uid: backend.updates for uid, backend in backends.items()} == {"e.0": 2, "e.1": 1}
+
+
+def test_a_backward_that_failed_may_be_repeated() -> None:
+    backend = linear_backend("e.0", lr=0.1, detect_anomalies=True)
+    header = RequestHeader(request_id=new_request_id())
+    grad = torch.randn(1, HIDDEN)
+    with memory_swarm({"e.0": backend}) as swarm:
+        with pytest.raises(MoEError, match="nothing was trained"):
+            send(swarm, BACKWARD, [torch.full((1, HIDDEN), math.nan), grad], header, "e.0")
+        with swarm.server.paused(), pytest.raises(DeadlineExceeded):
+            late = RequestHeader(request_id=header.request_id, time_left_s=0.05)
+            send(swarm, BACKWARD, [grad, grad], late, "e.0")
+        wait_until(lambda: swarm.server.pending == 0)
+        assert backend.updates == 0
+        wait_until(lambda: "0 running" in repr(swarm.server.handler.once))
+        send(swarm, BACKWARD, [grad, grad], header, "e.0")
+        assert backend.updates == 1
+
+
+def test_answers_that_had_to_be_dropped_are_refused_not_trained_again() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    config = HandlerConfig(once_max_replies=2)
+    headers = [RequestHeader(request_id=new_request_id()) for _ in range(3)]
+    data = [torch.randn(1, HIDDEN)] * 2
+    with memory_swarm({"e.0": backend}, handler_config=config) as swarm:
+        for header in headers:
+            send(swarm, BACKWARD, data, header, "e.0")
+        wait_until(lambda: "0 running" in repr(swarm.server.handler.once))
+        with pytest.raises(Refused, match="not trained twice"):
+            send(swarm, BACKWARD, data, headers[0], "e.0")
+        assert send(swarm, BACKWARD, data, headers[2], "e.0").tensors
+        assert backend.updates == 3
+
+
+def test_a_kept_answer_does_not_keep_its_whole_batch() -> None:
+    backend = linear_backend("e.0")
+    data = torch.randn(4, HIDDEN)
+    with memory_swarm({"e.0": backend}) as swarm:
+        headers = [RequestHeader(request_id=new_request_id()) for _ in range(3)]
+        calls = [lambda header=header: send(swarm, BACKWARD, [data, data], header, "e.0") for header in headers]
+        with swarm.server.paused():
+            concurrent = threading.Thread(target=lambda: in_parallel(calls))
+            concurrent.start()
+            swarm.server.wait_pending(3)
+        concurrent.join(WAIT_S)
+        once = swarm.server.handler.once
+        wait_until(lambda: "0 running" in repr(once))
+        assert repr(once) == f"OnceWindow(0 running, 3 answers of {3 * data.nbytes} bytes)"
+        for _, _, task in once._done.values():
+            (gradient,) = task.future.result(0)
+            assert gradient is not None
+            assert gradient.untyped_storage().nbytes() == data.nbytes
+            assert task.tensors == []
