@@ -143,7 +143,7 @@ def run(epochs: int) -> int:
     say("1. Starting two servers, each a process of its own with four experts")
     with contextlib.ExitStack() as stack:
         with console.status("   each loads torch, joins the swarm and announces its experts ..."):
-            swarm = stack.enter_context(LocalSwarm(server_arguments(0), server_arguments(1)))
+            swarm = stack.enter_context(LocalSwarm(*map(server_arguments, range(GRID[0])), start_timeout_s=120))
         try:
             dht = swarm.dht()
             show_swarm(swarm, dht)
@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a Mixture of Experts on handwritten digits over the network.")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default: 10)")
     options = parser.parse_args(argv)
+    if options.epochs < 1:
+        parser.error("--epochs: at least 1")
     try:
         return run(options.epochs)
     except KeyboardInterrupt:  # while the servers started; they are gone already

@@ -373,7 +373,7 @@ class ExpertSchema:
             if not isinstance(args, tuple) or not isinstance(kwargs, dict):
                 raise ProtocolError("args must be a tuple and kwargs a dict")
             return cls(args, kwargs, outputs, [str(name) for name in plain["optional"]])
-        except (KeyError, TypeError, ValueError, RecursionError, ProtocolError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, ProtocolError) as e:
             raise ProtocolError(f"a peer's description of an expert's schema is malformed: {e!r:.300}") from e
 
 

@@ -147,6 +147,18 @@ class RemoteExpert(nn.Module):
         :raises MoEError: no answer within the time budget, or an error of the server
         """
         budget = Budget(self.config.total_timeout_s)
+        return self.call_within(budget, args, kwargs, batch_kwargs=batch_kwargs, global_kwargs=global_kwargs)
+
+    def call_within(
+        self,
+        budget: Budget,
+        args: Sequence[Nested],
+        kwargs: Mapping[str, Nested],
+        *,
+        batch_kwargs: Mapping[str, Nested] | None = None,
+        global_kwargs: Mapping[str, Nested] | None = None,
+    ) -> Nested:
+        """``forward`` within a time budget that the caller shares between several experts."""
         description, schema = self.describe(budget)
         kwargs = merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs)
         try:

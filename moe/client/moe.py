@@ -35,8 +35,9 @@ from moe.transport.event_loop import client_loop
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONFIG = ClientConfig(max_retries=1)  # ours: the other experts of a row stand in for one that keeps failing
+DEFAULT_CONFIG = ClientConfig(max_retries=1)  # ours, not measured
 MAX_REMEMBERED_EXPERTS = 4096  # whose description is kept; ours, a few KiB each
+MAX_NAMED_EXPERTS = 8  # in a message
 RESOLVE_TIMEOUT_S = 15.0  # to learn from the DHT how to open connections; once per process
 
 
@@ -117,7 +118,8 @@ class RemoteMixtureOfExperts(nn.Module):
     :param num_workers: of the beam search, see MoEBeamSearcher
     :param negative_caching: of the beam search
     :param cache_expiration: of the beam search
-    :param config: deadlines and retries; by default an expert gets one more attempt
+    :param config: deadlines and retries; by default those of ClientConfig, but one retry only, since an expert that keeps
+        failing has others to stand in for it
     :param beam_search: chooses experts in place of a MoEBeamSearcher
     :raises ConfigError: settings that make no sense or contradict each other
     """
@@ -358,18 +360,16 @@ class RemoteMixtureOfExperts(nn.Module):
             if isinstance(error, (SchemaError, ProtocolError)):
                 self._typical = None  # experts may have changed; ask again
         if failures:
-            reasons = "; ".join(f"{uid}: {type(error).__name__}: {error}" for uid, error in failures.items())
-            logger.warning("%s: %d of %d experts failed: %.2000s", stage, len(failures), len(experts), reasons)
+            logger.warning("%s: %d of %d experts failed: %s", stage, len(failures), len(experts), _reasons(failures))
         return failures
 
     @staticmethod
     def _check_quorum(quorum: Quorum, stage: str, k_min: int, failures: Mapping[str, MoEError]) -> None:
         short = quorum.short_rows()
         if len(short):
-            reasons = "; ".join(f"{uid}: {error}" for uid, error in failures.items()) or "no more were found"
-            raise TooFewExperts(
-                f"{stage}: fewer than {k_min} experts answered for rows {name_rows(short)} ({reasons:.1000})"
-            ) from next(iter(failures.values()), None)
+            message = f"{stage}: fewer than {k_min} experts answered for rows {name_rows(short)}"
+            reasons = _reasons(failures) or "no more were found"
+            raise TooFewExperts(f"{message} ({reasons})") from next(iter(failures.values()), None)
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
@@ -401,6 +401,13 @@ class RemoteMixtureOfExperts(nn.Module):
         self._statistics = replace(statistics, total_backward_failures=total)
         self._check_quorum(quorum, BACKWARD, self.backward_k_min, failures)
         return call.sum_gradients(requests, grads_E, sent, wants)
+
+
+def _reasons(failures: Mapping[str, MoEError]) -> str:
+    """Why experts failed, in one line of bounded length."""
+    brief = [f"{uid}: {type(error).__name__}: {error.message:.120}" for uid, error in failures.items()]
+    more = f"; and {len(brief) - MAX_NAMED_EXPERTS} more" if len(brief) > MAX_NAMED_EXPERTS else ""
+    return " ".join("; ".join(brief[:MAX_NAMED_EXPERTS]).split()) + more
 
 
 # --- between the calls and the module ----------------------------------------------------------------------------------

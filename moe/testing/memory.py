@@ -53,7 +53,7 @@ class _Plug:
     def in_place(self, timeout_s: float) -> Iterator[None]:
         self._entered.clear()
         self._released.clear()
-        future = self.pool.submit(Task("pause", (), (), [], 0, None, priority=-math.inf))
+        future = self.pool.submit(Task("pause", (), (), [], 0, group="pause", priority=-math.inf))
         if not self._entered.wait(timeout_s):
             future.cancel()
             raise CallTimeout(f"the Runtime took up nothing new within {timeout_s} s")

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from moe.errors import CallTimeout
+from moe.errors import CallTimeout, MoEError
 from moe.expert_uid import PeerIDLike
 from moe.schema import Compression
 from moe.wire.messages import ExpertDescription, ReplyHeader, RequestHeader
@@ -127,7 +127,7 @@ async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str, pe
     try:
         return await asyncio.wait_for(awaitable, timeout_s)
     except (asyncio.TimeoutError, TimeoutError) as e:
-        if isinstance(e, CallTimeout):
+        if isinstance(e, MoEError):  # the call's own: several of ours are TimeoutErrors
             raise
         raise CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer) from None
 

@@ -19,7 +19,7 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from moe.errors import ProtocolError, SchemaError
 from moe.schema import DTYPES, BatchTensorProto, Compression, ExpertSchema, Nested, TensorProto
-from moe.wire.messages import MAX_DEPTH_INFO, MAX_INFO_BYTES, MAX_STOCK_BATCH, ExpertDescription
+from moe.wire.messages import MAX_DEPTH_INFO, MAX_INFO_BYTES, MAX_STOCK_BATCH, ExpertDescription, decode_description
 from moe.wire.tensors import MAX_DIMENSIONS, EncodedTensor
 
 ExpertRequest = runtime_pb2.ExpertRequest
@@ -196,6 +196,7 @@ def decode_info(data: bytes) -> ExpertDescription:
     """Inverse of encode_info, for native and stock servers alike. Allows no other extension types than those two need.
 
     :raises ProtocolError: if the data describes no expert
+    :raises Refused: of a native server of a higher major version
     """
     if len(data) > MAX_INFO_BYTES:
         raise ProtocolError(f"rpc_info of {len(data)} bytes, at most {MAX_INFO_BYTES} are allowed")
@@ -205,7 +206,7 @@ def decode_info(data: bytes) -> ExpertDescription:
             raise ProtocolError(f"rpc_info: expected a dict, got {type(info).__name__}")
         native = info.get(_NATIVE_KEY)
         if native is not None:
-            return msgspec.msgpack.decode(native, type=ExpertDescription)
+            return decode_description(native)
         args, kwargs = info["forward_schema"]
         schema = ExpertSchema(args, {name: kwargs[name] for name in info["keyword_names"]}, info["outputs_schema"])
         return ExpertDescription(schema=schema.to_plain(), features=(), max_batch_size=MAX_STOCK_BATCH, native=False)

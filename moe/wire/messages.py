@@ -1,8 +1,9 @@
 """Typed headers of the native protocol. Owns: their fields, their version, and refusing what does not fit.
 
 A header rides in the ``metadata`` field of hivemind's expert messages (or in a frame of the direct link). Stock hivemind
-leaves that field empty, which is how its peers are recognized. Unknown keys are ignored, a higher major version is
-refused by name. MessagePack by msgspec, decoded into structs that reject anything else; no pickle, ever.
+leaves that field empty, which is how its peers are recognized. Every field is sent, defaults too: what is a default now
+need not be one in the next version. Unknown keys are ignored, a higher major version is refused by name. MessagePack by
+msgspec, decoded into structs that reject anything else; no pickle, ever.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RequestId = Annotated[bytes, msgspec.Meta(min_length=REQUEST_ID_BYTES, max_lengt
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 
 
-class RequestHeader(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
+class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     """What a native client says about a call besides the tensors.
 
     :ivar major: protocol major version; a server refuses a higher one than it speaks
@@ -65,7 +66,7 @@ class WireError(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
         return error_from_wire(self.code, self.message, peer=peer, uid=uid)
 
 
-class ReplyHeader(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
+class ReplyHeader(msgspec.Struct, kw_only=True, frozen=True):
     """What a server says about a reply besides the tensors.
 
     :ivar error: set instead of tensors
@@ -81,7 +82,7 @@ class ReplyHeader(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True)
     compute_s: float = 0.0
 
 
-class ExpertDescription(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
+class ExpertDescription(msgspec.Struct, kw_only=True, frozen=True):
     """What a native server tells about an expert in ``rpc_info``, next to stock hivemind's keys.
 
     :ivar schema: ``ExpertSchema.to_plain()``
@@ -109,6 +110,7 @@ class ExpertDescription(msgspec.Struct, omit_defaults=True, kw_only=True, frozen
 
 _request_decoder = msgspec.msgpack.Decoder(RequestHeader)
 _reply_decoder = msgspec.msgpack.Decoder(ReplyHeader)
+_description_decoder = msgspec.msgpack.Decoder(ExpertDescription)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -130,7 +132,7 @@ def decode_request_header(data: bytes) -> RequestHeader | None:
     """
     if not data:
         return None
-    header: RequestHeader = _checked(_request_decoder, data, "request")
+    header: RequestHeader = _checked(_request_decoder, data, "request header")
     return header
 
 
@@ -142,19 +144,29 @@ def decode_reply_header(data: bytes) -> ReplyHeader | None:
     """
     if not data:
         return None
-    header: ReplyHeader = _checked(_reply_decoder, data, "reply")
+    header: ReplyHeader = _checked(_reply_decoder, data, "reply header")
     return header
 
 
-def _checked(decoder: Any, data: bytes, what: str) -> Any:
-    if len(data) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"metadata: {what} header of {len(data)} bytes, at most {MAX_HEADER_BYTES} are allowed")
+def decode_description(data: bytes) -> ExpertDescription:
+    """What a native server tells about an expert.
+
+    :raises ProtocolError: not MessagePack, or a field of another type than ours
+    :raises Refused: of a higher major version
+    """
+    description: ExpertDescription = _checked(_description_decoder, data, "description", MAX_INFO_BYTES)
+    return description
+
+
+def _checked(decoder: Any, data: bytes, what: str, max_bytes: int = MAX_HEADER_BYTES) -> Any:
+    if len(data) > max_bytes:
+        raise ProtocolError(f"metadata: {what} of {len(data)} bytes, at most {max_bytes} are allowed")
     try:
         header = decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         major = _peek_major(data)
         if major is None or major <= PROTOCOL_MAJOR:
-            raise ProtocolError(f"metadata: malformed {what} header: {e}"[:MAX_ERROR_CHARS]) from None
+            raise ProtocolError(f"metadata: malformed {what}: {e}"[:MAX_ERROR_CHARS]) from None
         raise Refused(f"{what} of protocol version {major}, this side speaks up to {PROTOCOL_MAJOR}") from None
     if header.major > PROTOCOL_MAJOR:
         raise Refused(f"{what} of protocol version {header.major}, this side speaks up to {PROTOCOL_MAJOR}")

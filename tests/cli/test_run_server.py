@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -502,6 +503,7 @@ leave(run(parse_server_options([]), signals, start, lambda dht: str(child.pid)))
 def launch(tmp_path: Path) -> Iterator[Any]:
     """Start PROGRAM as the leader of a process group, as a terminal does; gives the process and its child's pid."""
     started: list[subprocess.Popen[str]] = []
+    children: list[psutil.Process] = []
 
     def launch(shutdown: str = "pass", within: float = 60.0) -> tuple[subprocess.Popen[str], int]:
         code = PROGRAM.format(shutdown=shutdown, within=within)
@@ -512,11 +514,19 @@ def launch(tmp_path: Path) -> Iterator[Any]:
         )  # fmt: skip
         started.append(process)
         assert process.stdout is not None
-        return process, int(process.stdout.readline())
+        child = int(process.stdout.readline())
+        children.append(psutil.Process(child))
+        while os.getpgid(child) != child:  # it has come as far as leaving our group
+            time.sleep(0.01)
+        return process, child
 
     yield launch
     for process in started:
         process.kill()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    for process in started:
         process.communicate()
 
 

@@ -107,7 +107,7 @@ class FullSearch:
         if not self.uids:
             return [[] for _ in batch_scores[0]]
         where = np.array([coordinates(uid) for uid in self.uids])
-        total = sum(np.asarray(scores)[:, where[:, dim]] for dim, scores in enumerate(batch_scores))
+        total = np.sum([np.asarray(scores)[:, where[:, dim]] for dim, scores in enumerate(batch_scores)], axis=0)
         ranked = np.argsort(-total, axis=1, kind="stable")[:, :beam_size]
         infos = [ExpertInfo(uid, MemoryPeer(uid)) for uid in self.uids]
         return [[infos[i] for i in row if scores[i] > -np.inf] for row, scores in zip(ranked, total)]
@@ -117,6 +117,12 @@ class FullSearch:
 
     def no_experts_found(self) -> NoExpertsFound:
         return NoExpertsFound(f"no live experts under {self.uid_prefix}")
+
+
+def grad_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Its gradient, which it must have by now."""
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 class Swarm(AbstractContextManager["Swarm"]):

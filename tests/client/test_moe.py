@@ -16,9 +16,11 @@ from moe.config import ClientConfig
 from moe.errors import CallTimeout, ConfigError, ConnectError, NoExpertsFound, SchemaError, TooFewExperts
 from moe.expert_uid import ExpertInfo, coordinates
 from moe.schema import BatchTensorProto, TensorProto
-from tests.client.memory_swarm import DIM, RANK, FullSearch, Swarm, adapted_schema
+from moe.transport.memory import MemoryPeer
+from tests.client.memory_swarm import DIM, RANK, FullSearch, Swarm, adapted_schema, grad_of
 
 ONE_TRY = ClientConfig(max_retries=0)
+PEER = MemoryPeer("peer")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def swarm():
         yield swarm
 
 
-def mixture(swarm, **options) -> RemoteMixtureOfExperts:
+def mixture(swarm, **options):
     options.setdefault("k_best", 4)
     options.setdefault("config", ONE_TRY)
     return swarm.mixture(RemoteMixtureOfExperts, **options)
@@ -140,12 +142,12 @@ def test_bfloat16_inputs(swarm):
     a, b = (torch.randn(*size).bfloat16().requires_grad_() for size in ((DIM, RANK), (RANK, DIM)))
     y = moe(x, lora_a=a, lora_b=b)
     y.float().sum().backward()
-    assert y.dtype == x.grad.dtype == a.grad.dtype == torch.bfloat16
+    assert y.dtype == grad_of(x).dtype == grad_of(a).dtype == torch.bfloat16
     exact = [t.detach().float().requires_grad_() for t in (x, a, b)]
     expected = dense(swarm, moe, exact[0], lora_a=exact[1], lora_b=exact[2])
     torch.testing.assert_close(y.float(), expected, atol=0.02, rtol=0.02)
     for ours, theirs in zip((x, a, b), torch.autograd.grad(expected.sum(), exact)):
-        torch.testing.assert_close(ours.grad.float(), theirs, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(grad_of(ours).float(), theirs, atol=0.05, rtol=0.05)
     moe.bfloat16()
     assert moe(x).dtype == torch.bfloat16
 
@@ -154,7 +156,7 @@ def test_float64_inputs(swarm):
     x = torch.randn(9, DIM, dtype=torch.float64, requires_grad=True)
     y = mixture(swarm)(x)
     y.sum().backward()
-    assert y.dtype == x.grad.dtype == torch.float64
+    assert y.dtype == grad_of(x).dtype == torch.float64
 
 
 class ManyOutputs(nn.Module):
@@ -173,7 +175,7 @@ def test_nested_and_integer_outputs():
         y = moe(x)
         assert y["y"].shape == (7, 2) and y["more"][0].shape == (7, 2, DIM)
         assert (y["more"][1] >= 0).all() and (y["more"][1] <= 1).all() and y["more"][1].is_floating_point()
-        scores = moe.compute_expert_scores(moe._grid_scores(x), [[ExpertInfo(u, None) for u in swarm.search.uids]] * 7)
+        scores = moe.compute_expert_scores(moe._grid_scores(x), [[ExpertInfo(u, PEER) for u in swarm.search.uids]] * 7)
         local = [swarm.originals[uid](x) for uid in swarm.search.uids]
         for ours, pick in ((y["y"], lambda o: o["y"]), (y["more"][0], lambda o: o["more"][0])):
             expected = torch.einsum("be,be...->b...", scores.softmax(1), torch.stack([pick(o) for o in local], 1))
@@ -203,7 +205,7 @@ def test_empty_batch(swarm):
     moe = mixture(swarm)
     y = moe(torch.randn(0, DIM, requires_grad=True))
     y.sum().backward()
-    assert y.shape == (0, DIM) and moe.proj.weight.grad.abs().sum() == 0
+    assert y.shape == (0, DIM) and grad_of(moe.proj.weight).abs().sum() == 0
 
 
 # --- requests ------------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def test_pitfall_19_global_kwargs_are_sent_whole_and_their_gradients_summed(swar
     a, b = torch.randn(DIM, RANK, requires_grad=True), torch.randn(RANK, DIM, requires_grad=True)
     moe(x, lora_a=a, lora_b=b).sum().backward()
     expected = torch.autograd.grad(dense(swarm, moe, x, lora_a=a, lora_b=b).sum(), [a, b])
-    torch.testing.assert_close([a.grad, b.grad], list(expected), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close([grad_of(a), grad_of(b)], list(expected), atol=1e-4, rtol=1e-5)
     assert swarm.transport.count("backward") == 8
 
 
@@ -244,7 +246,7 @@ def test_descriptions_are_fetched_at_once_and_a_hanging_one_holds_nobody_up(swar
 def test_no_backward_requests_when_nobody_wants_gradients(swarm):
     moe = mixture(swarm)
     moe(torch.randn(4, DIM)).sum().backward()  # no optimizer, and x wants none
-    assert swarm.transport.count("backward") == 0 and moe.proj.weight.grad.abs().sum() > 0
+    assert swarm.transport.count("backward") == 0 and grad_of(moe.proj.weight).abs().sum() > 0
 
 
 def test_wrong_inputs_are_refused_before_anything_is_sent(swarm):
@@ -324,7 +326,7 @@ def test_backward_k_min(swarm):
     x.grad = None
     moe(x).sum().backward()
     expected = dense(swarm, moe, x, constant=[dead])
-    torch.testing.assert_close(x.grad, torch.autograd.grad(expected.sum(), x)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad_of(x), torch.autograd.grad(expected.sum(), x)[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("k_min", [0, 1])
@@ -338,8 +340,8 @@ def test_pitfall_17_rows_without_survivors_are_zeros_if_allowed_and_never_nan(sw
     others = [row for row in range(32) if row not in rows]
     torch.testing.assert_close(y[others], dense(swarm, moe, x)[others], atol=1e-5, rtol=1e-5)
     y.sum().backward()
-    assert all(t.grad.isfinite().all() for t in (x, moe.proj.weight, moe.proj.bias))
-    assert (x.grad[rows] == 0).all()
+    assert all(grad_of(t).isfinite().all() for t in (x, moe.proj.weight, moe.proj.bias))
+    assert (grad_of(x)[rows] == 0).all()
 
     moe.allow_zero_outputs = False
     with pytest.raises(TooFewExperts, match="fewer than 1 experts answered for rows"):
@@ -355,7 +357,7 @@ def test_pitfall_17_all_experts_dead(swarm):
     y = moe(x)
     assert y.shape == (5, DIM) and (y == 0).all()
     y.sum().backward()
-    assert (x.grad == 0).all() and (moe.proj.weight.grad == 0).all()
+    assert (grad_of(x) == 0).all() and (grad_of(moe.proj.weight) == 0).all()
     swarm.search.uids.clear()
     assert (moe(x) == 0).all()
     with pytest.raises(TooFewExperts, match="none of 4 experts that were found"):
@@ -409,14 +411,18 @@ def test_restarted_expert_with_another_schema_is_asked_again(swarm):
 
 
 def test_t1_one_budget_covers_search_info_and_requests(swarm):
-    moe, x = mixture(swarm, k_best=8, forward_timeout=0.5), torch.randn(4, DIM)
+    moe, x = mixture(swarm, k_best=8, forward_timeout=2), torch.randn(4, DIM)
     swarm.transport.stalled.add(("forward", swarm.search.uids[0]))
     began = time.monotonic()
     assert_close_to_silent(swarm, moe, x, [swarm.search.uids[0]])
-    assert 0.4 < time.monotonic() - began < 5
-    assert 0 < swarm.search.searches[0] <= 0.5
+    assert 1.5 < time.monotonic() - began < 20
+    assert 0 < swarm.search.searches[0] <= 2
 
-    swarm.search.search = lambda *args, timeout_s: (time.sleep(timeout_s + 0.01), [])[1] or [[]] * 4  # type: ignore[method-assign]
+    def slow_search(batch_scores, beam_size, *, timeout_s):
+        time.sleep(timeout_s + 0.01)
+        return [[] for _ in batch_scores[0]]
+
+    swarm.search.search, moe.forward_timeout = slow_search, 0.1
     with pytest.raises(NoExpertsFound):
         moe(x)
     moe.allow_zero_outputs = True
@@ -437,7 +443,8 @@ def test_without_forward_timeout_the_config_limits_a_pass(swarm):
 
 def test_pitfall_22_stragglers_are_cut_off_after_k_min_and_cancelled(swarm):
     slow = swarm.search.uids[2]
-    moe, x = mixture(swarm, k_best=8, timeout_after_k_min=0.1), torch.randn(4, DIM, requires_grad=True)
+    moe = mixture(swarm, k_best=8, k_min=7, backward_k_min=6, timeout_after_k_min=0.1)
+    x = torch.randn(4, DIM, requires_grad=True)
     moe(x)
     swarm.transport.stalled |= {("forward", slow), ("backward", swarm.search.uids[6])}
     began = time.monotonic()
@@ -449,11 +456,11 @@ def test_pitfall_22_stragglers_are_cut_off_after_k_min_and_cancelled(swarm):
 
 
 def test_timeout_after_k_min_starts_when_every_row_has_its_k_min(swarm):
-    moe, x = mixture(swarm, k_best=1, timeout_after_k_min=0.01, forward_timeout=0.5), torch.randn(32, DIM)
+    moe, x = mixture(swarm, k_best=1, timeout_after_k_min=0.01, forward_timeout=2), torch.randn(32, DIM)
     moe(x)
     stalled, _ = max(used(moe, x).items(), key=lambda item: len(item[1]))
     swarm.transport.stalled.add(("forward", stalled))
-    with pytest.raises(TooFewExperts, match=r"no answer within 0\.\d+ s"):
+    with pytest.raises(TooFewExperts, match=r"no answer within|time budget"):
         moe(x)
     assert list(moe.statistics().forward_failures) == [stalled]
 
@@ -576,11 +583,11 @@ def test_compute_expert_scores():
     moe.beam_search.uid_prefix = "expert."  # type: ignore[misc]
     gx, gy = torch.randn(4, 5, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     ii, jj = [[4, 0, 2], [3, 1, 1, 1, 3], [0], [3, 2]], [[2, 2, 1], [0, 1, 2, 0, 1], [0], [1, 2]]
-    batch = [[ExpertInfo(f"expert.{i}.{j}", None) for i, j in zip(*row)] for row in zip(ii, jj)]
+    batch = [[ExpertInfo(f"expert.{i}.{j}", PEER) for i, j in zip(*row)] for row in zip(ii, jj)]
     moe.beam_search.grid_size = (5, 3)  # type: ignore[misc]
     logits = moe.compute_expert_scores([gx, gy], batch)
     torch.softmax(logits, dim=-1).norm(dim=-1).mean().backward()
-    assert gx.grad.norm().item() > 0 and gy.grad.norm().item() > 0
+    assert grad_of(gx).norm().item() > 0 and grad_of(gy).norm().item() > 0
     assert logits.shape == (4, 5)
     for b in range(4):
         for k in range(5):
@@ -591,7 +598,12 @@ def test_compute_expert_scores():
 def test_scores_given_to_the_search_are_those_of_all_rows(swarm):
     moe, x, seen = mixture(swarm), torch.randn(5, 3, DIM), []
     search = swarm.search.search
-    swarm.search.search = lambda scores, k, timeout_s: seen.append(scores) or search(scores, k, timeout_s=timeout_s)  # type: ignore[method-assign]
+
+    def seeing_search(batch_scores, beam_size, *, timeout_s):
+        seen.append(batch_scores)
+        return search(batch_scores, beam_size, timeout_s=timeout_s)
+
+    swarm.search.search = seeing_search
     with pytest.raises(SchemaError):
         moe(x)  # these experts take no sequences, but the search comes first
     (scores,) = seen

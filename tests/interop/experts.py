@@ -235,8 +235,13 @@ def best_experts(uids: Sequence[str], grid_scores: Sequence[torch.Tensor], k: in
     :param grid_scores: of each grid dimension: (B, size)
     """
     coordinates = [tuple(map(int, uid.split(".")[1:])) for uid in uids]
-    scores = torch.stack([sum(s[:, i] for s, i in zip(grid_scores, c)) for c in coordinates], dim=1)  # (B, uids)
+    scores = torch.stack([_score(grid_scores, c) for c in coordinates], dim=1)  # (B, uids)
     return [[uids[i] for i in row] for row in scores.topk(min(k, len(uids)), dim=1).indices.tolist()]
+
+
+def _score(grid_scores: Sequence[torch.Tensor], coordinates: Sequence[int]) -> torch.Tensor:
+    """(B,): of the expert at these coordinates."""
+    return torch.stack([scores[:, i] for scores, i in zip(grid_scores, coordinates)]).sum(0)
 
 
 def dense_mixture(
@@ -252,7 +257,7 @@ def dense_mixture(
     rows = []
     for i, uids in enumerate(best_experts(list(experts), grid_scores, k)):
         coordinates = [tuple(map(int, uid.split(".")[1:])) for uid in uids]
-        logits = torch.stack([sum(s[i, j] for s, j in zip(grid_scores, c)) for c in coordinates])
+        logits = torch.stack([_score(grid_scores, c)[i] for c in coordinates])
         outputs = torch.stack([experts[uid](x[i]) for uid in uids])
         rows.append(torch.softmax(logits, 0) @ outputs)
     return torch.stack(rows)

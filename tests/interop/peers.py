@@ -59,7 +59,7 @@ class StockPeer:
 
     def __init__(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed with the peer
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.interop.stock_peer", str(theirs.fileno())],
             cwd=ROOT,

@@ -85,7 +85,9 @@ class Client:
     def raw_backward(self, uid: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Send these tensors as they are, as a backward request."""
         messages = (serialize_torch_tensor(tensor) for tensor in tensors)
-        return RemoteExpertWorker.run_coroutine(expert_backward(uid, tensors, messages, self._expert(uid).stub))
+        sending = expert_backward(uid, tensors, messages, self._expert(uid).stub)
+        grads: list[torch.Tensor] = RemoteExpertWorker.run_coroutine(sending)
+        return grads
 
     # --- the DHT ---------------------------------------------------------------------------------------------------------
 

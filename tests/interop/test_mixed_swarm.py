@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -79,6 +80,30 @@ def test_our_mixture_over_both(our_dht: DHT, our_server: Server, stock: StockPee
     )
 
 
+def test_stock_callers_and_callers_with_adapters_at_the_same_time(
+    our_dht: DHT, our_server: Server, stock: StockPeer
+) -> None:
+    uid = "our_optional_globals.0"
+    (expert,) = get_experts(our_dht, [uid])
+    module = our_server.expert_backends[uid].module
+    adapters = [{"lora_a": torch.randn(HIDDEN, 2), "lora_b": torch.randn(2, 4 * HIDDEN)} for _ in range(4)]
+
+    def call_adapted(adapter: dict[str, torch.Tensor]) -> float:
+        worst = 0.0
+        for rows in range(1, 21):
+            x = torch.randn(rows, HIDDEN)
+            with torch.no_grad():
+                worst = max(worst, (expert(x, **adapter) - module(x, **adapter)).abs().max().item())
+        return worst
+
+    with ThreadPoolExecutor(len(adapters)) as pool:
+        ours = [pool.submit(call_adapted, adapter) for adapter in adapters]
+        for rows in range(1, 21):
+            x = torch.randn(rows, HIDDEN)
+            assert_close(stock.ask("call", uid, [x], {})["outputs"], [module(x).detach()])
+        assert max(future.result(timeout=30) for future in ours) < 1e-5
+
+
 def test_declaring_both_ways(our_dht: DHT, stock: StockPeer) -> None:
     us = our_dht.peer_id.to_base58()
     stored = declare_experts(our_dht, ["declared.0.1", "declared_flat.2"], expiration_time=get_dht_time() + 60)
@@ -96,7 +121,9 @@ def test_declaring_both_ways(our_dht: DHT, stock: StockPeer) -> None:
 def test_a_server_that_comes_late_and_leaves(our_dht: DHT, our_server: Server, stock: StockPeer) -> None:
     uids = ["late.0", "late.1"]
     search = {"prefix": "late.", "scores": [[[2.0, 1.0]]], "beam_size": 2}
-    assert stock.ask("beam_search", **search) == [[]]  # and it tells the swarm, for the next five minutes, who is not there
+    assert stock.ask("beam_search", **search) == [
+        []
+    ]  # and it tells the swarm, for the next five minutes, who is not there
     server = Server.create(
         expert_uids=[*uids, "late_grid.0.0", "late_grid.0.1"],
         expert_cls="nop",

@@ -139,10 +139,10 @@ def test_bad_inputs_are_answered_at_once_and_the_server_lives_on(
     stock: StockPeer, our_server: Server, problem: str, rows: int
 ) -> None:
     backend = our_server.expert_backends[OUR_UIDS["masks"]]
-    args, kwargs, answer = bad(problem, rows)
+    bad_args, bad_kwargs, answer = bad(problem, rows)
     updates = backend.updates
     with pytest.raises(StockError, match=answer) as error:
-        call(stock, backend.name, *args, **kwargs)
+        call(stock, backend.name, *bad_args, **bad_kwargs)
     assert error.value.seconds < PROMPT_S
     assert our_server.is_healthy()
     args, kwargs = KINDS["masks"].inputs(4)

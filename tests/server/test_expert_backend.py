@@ -88,7 +88,9 @@ def test_the_outputs_schema_is_found() -> None:
         ids = x.argmax(-1)
         return {"y": x * 2, "ids": ids, "pair": (x.sum(1), x.mean()), "prefix": prefix, "fixed": x.new_zeros(3)}
 
-    backend = ExpertBackend("e.0", Recorder(func), args_schema=(B(None, 4),), kwargs_schema={"prefix": TensorProto(None)})
+    backend = ExpertBackend(
+        "e.0", Recorder(func), args_schema=(B(None, 4),), kwargs_schema={"prefix": TensorProto(None)}
+    )
     assert backend.outputs_schema == {
         "y": B(None, 4),
         "ids": B(None, dtype=torch.int64),
@@ -448,9 +450,7 @@ def test_identical_globals_are_passed_once_when_nobody_wants_their_gradient() ->
     xs = [torch.randn(2, 2) for _ in range(4)]
     futures = [backend.submit_forward(x, w.clone()) for x in xs[:3]]
     futures.append(backend.submit_forward(xs[3], other))
-    gradients = [
-        backend.submit_backward(x, w.clone(), torch.ones(2, 2), wants_grad=[True, False]) for x in xs[:3]
-    ]
+    gradients = [backend.submit_backward(x, w.clone(), torch.ones(2, 2), wants_grad=[True, False]) for x in xs[:3]]
     drain(backend)
     for x, future in zip(xs, futures):
         assert_close(future.result(0), [x @ (other if x is xs[3] else w)])
@@ -807,7 +807,12 @@ def test_not_even_one_row_fits() -> None:
 @pytest.mark.parametrize(
     "tensors, present, wants, problem",
     [
-        ([torch.zeros(2, 3, HIDDEN + 1)], (), None, r"args\[0\]: expected float32\(batch, any, 6\), got float32\(2, 3, 7"),
+        (
+            [torch.zeros(2, 3, HIDDEN + 1)],
+            (),
+            None,
+            r"args\[0\]: expected float32\(batch, any, 6\), got float32\(2, 3, 7",
+        ),
         ([torch.zeros(2, 3, HIDDEN).double()], (), None, r"args\[0\].*float64"),
         ([torch.zeros(2, HIDDEN)], (), None, r"args\[0\]"),
         ([], (), None, "expected 1 tensors"),

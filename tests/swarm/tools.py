@@ -283,8 +283,9 @@ class ChildProcess:
         return self.popen.wait(timeout_s)
 
     def survivors(self, timeout_s: float = 3.0) -> list[psutil.Process]:
-        """Those of its family that are still there some time after its end."""
-        return psutil.wait_procs(self._family, timeout_s)[1]
+        """Those of its family that still run some time after its end."""
+        left = psutil.wait_procs(self._family, timeout_s)[1]
+        return [process for process in left if process.status() != psutil.STATUS_ZOMBIE]  # init has to reap those
 
 
 class _Killer:
