@@ -173,6 +173,14 @@ _PROTOCOLS: dict[str, Callable[[str], str | None] | None] = {
 # --- hivemind-server --------------------------------------------------------------------------------------------------
 
 
+def port(text: str) -> int:
+    """A TCP port; 0: any free one."""
+    number = whole_number(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return number
+
+
 def build_server_parser() -> Parser:
     """The parser of ``hivemind-server``: every flag of hivemind 1.1.12, and ours."""
     parser = Parser(
@@ -267,6 +275,9 @@ def build_server_parser() -> Parser:
         action="store_true",
         help="look for relays to be reached through, if behind NAT or a firewall",
     )
+    add("--no_direct", action="store_false", dest="direct", help="carry tensors over libp2p only, without direct links")
+    add("--direct_port", type=port, default=0, help="TCP port for direct links of other hosts (default: any free one)")
+    add("--direct_hosts", nargs="+", default=[], help="names or addresses for direct links (default: as announced)")
     add("--identity_path", help="file with this peer's private key, so that its id stays; written if missing")
     add(
         "--update_period",

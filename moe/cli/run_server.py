@@ -157,6 +157,9 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_period_s": options.checkpoint_period or ServerConfig.checkpoint_period_s,
         "keep_checkpoints": options.keep_checkpoints or ServerConfig.keep_checkpoints,
         "request_timeout_s": options.request_timeout,
+        "direct": options.direct,
+        "direct_port": options.direct_port,
+        "direct_hosts": tuple(options.direct_hosts),
     }
 
 

@@ -72,6 +72,9 @@ def assemble(
     keep_checkpoints: int | None = None,
     detect_anomalies: bool = False,
     request_timeout_s: float | None = None,
+    direct: bool | None = None,
+    direct_port: int | None = None,
+    direct_hosts: Sequence[str] | None = None,
     handler_config: HandlerConfig | None = None,
     config: ServerConfig | None = None,
     authorize: Callable[[str, str, str], bool] | None = None,
@@ -100,6 +103,7 @@ def assemble(
     :param custom_module_path: a file that registers expert classes
     :param update_period: seconds between announcements
     :param expiration: seconds an announcement lives
+    :param direct: offer direct links next to libp2p; with ``direct_port`` and ``direct_hosts``, see ServerConfig
     :param dht_options: forwarded to hivemind's DHT and P2P
     :raises ConfigError: wrong or contradicting settings; nothing was started
     :raises LifecycleError: the DHT node could not start
@@ -129,6 +133,9 @@ def assemble(
         stats_report_interval_s=stats_report_interval,
         checkpoint_period_s=checkpoint_period_s,
         keep_checkpoints=keep_checkpoints,
+        direct=direct,
+        direct_port=direct_port,
+        direct_hosts=None if direct_hosts is None else tuple(direct_hosts),
     )
     check_codec_available(compression)
     if custom_module_path is not None:

@@ -127,7 +127,7 @@ async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str, pe
     try:
         return await asyncio.wait_for(awaitable, timeout_s)
     except (asyncio.TimeoutError, TimeoutError) as e:
-        if isinstance(e, MoEError):  # the call's own: several of ours are TimeoutErrors
+        if isinstance(e, MoEError) or timeout_s is None:  # the call's own: several of ours are TimeoutErrors
             raise
         raise CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer) from None
 

@@ -32,6 +32,8 @@ class EventLoopThread:
         self.name = name
         self.pid = os.getpid()
         self._loop = uvloop.new_event_loop()
+        self._stopping = False
+        self._submitting = threading.Lock()  # so that nothing is submitted behind the end
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -45,7 +47,7 @@ class EventLoopThread:
 
     def is_alive(self) -> bool:
         """True until stop."""
-        return self._thread.is_alive() and self.pid == os.getpid()
+        return self._thread.is_alive() and self.pid == os.getpid() and not self._stopping
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine in the loop.
@@ -53,15 +55,18 @@ class EventLoopThread:
         :returns: its future; cancelling it cancels the coroutine
         :raises LifecycleError: the loop was stopped
         """
-        if not self.is_alive():
-            coroutine.close()
-            raise LifecycleError(f"event loop {self.name} is not running")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        if self.pid == os.getpid():  # else the lock may be held for ever, by a thread that was not forked
+            with self._submitting:
+                if self.is_alive():
+                    return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise LifecycleError(f"event loop {self.name} is not running")
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Run a coroutine in the loop and wait for its result.
 
-        :raises LifecycleError: called from inside this very loop, where waiting would block it for ever
+        :raises LifecycleError: called from inside this very loop, where waiting would block it for ever; or the loop
+            was stopped, before or meanwhile
         :raises CallTimeout: no result within ``timeout_s``; the coroutine is cancelled
         """
         if threading.current_thread() is self._thread:
@@ -77,15 +82,21 @@ class EventLoopThread:
                 raise  # the coroutine's own error, not our waiting
             future.cancel()
             raise CallTimeout(f"no result within {timeout_s} s") from None
+        except concurrent.futures.CancelledError:
+            raise LifecycleError(f"event loop {self.name} was stopped, or the call in it cancelled") from None
         except BaseException:
             future.cancel()  # KeyboardInterrupt in the waiting thread: do not leave the call running
             raise
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Cancel what runs, end the thread, close the loop. May be called more than once."""
-        if self.is_alive() and threading.current_thread() is not self._thread:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout_s)
+        if self.pid != os.getpid() or threading.current_thread() is self._thread:
+            return
+        with self._submitting:
+            if self.is_alive():
+                self._stopping = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

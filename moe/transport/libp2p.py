@@ -168,17 +168,15 @@ class _Reader:
                 return  # how a server ends a stream
             if not marker:
                 raise PeerGone("the stream ended before the request did", peer=self._peer)
-            if marker == _END:
-                error = RPCError()
-                error.ParseFromString(data)
-                if error.message:
-                    raise _relayed_error(error.message, self._peer)
-                return
-            message = message_type()
+            message = message_type() if marker == _MESSAGE else RPCError()
             try:
                 message.ParseFromString(data)
             except Exception as e:  # protobuf's DecodeError lives in different places in different versions
                 raise ProtocolError(f"malformed message: {e}", peer=self._peer) from None
+            if marker == _END:
+                if message.message:
+                    raise _relayed_error(message.message, self._peer)
+                return
             yield message
 
     async def _read_one(self) -> tuple[bytes, bytes]:

@@ -115,6 +115,9 @@ def test_has_every_flag_of_hivemind_with_its_default() -> None:
         (["--identity_path", "new.id"], "identity_path", "new.id"),
         (["--detect_anomalies"], "detect_anomalies", True),
         (["--request_timeout", "9"], "request_timeout", 9.0),
+        (["--no_direct"], "direct", False),
+        (["--direct_port", "31337"], "direct_port", 31337),
+        (["--direct_hosts", "a.example", "10.0.0.1"], "direct_hosts", ["a.example", "10.0.0.1"]),
         (["--peers_file", "peers.txt"], "peers_file", Path("peers.txt")),
         (["--torch_threads", "2"], "torch_threads", 2),
     ],
@@ -282,6 +285,7 @@ def test_arguments_are_those_of_server_create() -> None:
     stock = inspect.signature(StockServer.create).parameters
     dht = {"host_maddrs", "announce_maddrs", "use_relay", "use_auto_relay", "identity_path"}
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s"}
+    ours |= {"direct", "direct_port", "direct_hosts"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
     arguments = run_server.create_arguments(parse())
     assert set(arguments) == (set(stock) - not_from_here) | dht | ours

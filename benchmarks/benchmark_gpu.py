@@ -1,0 +1,99 @@
+"""How much of a GPU do clients get through a server? Rows per second of ffn experts (width 1024 and 4096, bfloat16), 8 clients with
+2048 rows each, against the bare module on the same GPU.
+
+    python -m benchmarks.benchmark_gpu
+
+Two bare modules: "bare" has its inputs on the GPU; "bare, from host" takes each one from the host's memory and brings the output
+back, as every server must.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from benchmarks.benchmark_throughput import vectors_per_s
+from benchmarks.common import BARE, OURS, Case, Record, interleave, make_parser, parse
+from benchmarks.peers import Subject, alone, running, served
+
+WIDTHS = (1024, 4096)
+CLIENTS, ROWS = 8, 2048
+FROM_HOST = f"{BARE}, from host"
+TIMEOUT_S = 120.0
+
+
+def measure(
+    width: int, rounds: int, seconds: float, *, device: str, clients: int, rows: int, backward: bool, transport: str
+) -> Case:
+    """Rows per second of one width."""
+    server = {
+        "uids": ["expert.0"],
+        "expert_cls": "ffn_bfloat16",
+        "hidden_dim": width,
+        "optimizer": "adam" if backward else "none",
+        "max_batch_size": 4 * rows,
+        "num_handlers": 1,
+        "device": device,
+    }
+    load = {
+        "uids": ["expert.0"],
+        "shape": [rows, width],
+        "dtype": "bfloat16",
+        "backward": backward,
+        "input_grad": backward,
+    }
+    module = {name: server[name] for name in ("expert_cls", "hidden_dim", "optimizer", "device")}
+    ours = served(OURS, server=server, clients=clients, client={"transport": transport})
+    both_bare = [alone("bare", BARE, **module), alone("bare", BARE, **module)]
+    both_bare[1].name = FROM_HOST
+    limit, timeout_s = {"seconds": seconds}, TIMEOUT_S + seconds
+
+    def run(subject: Subject) -> Mapping[str, float]:
+        if subject.name == OURS:
+            answers = subject.ask_clients("calls", timeout_s, load=load, limit=limit)
+            return {"rows/s": vectors_per_s([result for answer in answers for result in answer])}
+        from_host = subject.name == FROM_HOST
+        return {"rows/s": vectors_per_s(subject.ask("calls", timeout_s, load=load, limit=limit, from_host=from_host))}
+
+    with running(ours, *both_bare) as started:
+        found = interleave(started, rounds, run)
+    passes = "forward + backward" if backward else "forward"
+    settings = {**load, "clients": clients, "transport": transport, "server": server, "seconds": seconds}
+    return Case(f"ffn {width}, bfloat16, {passes}", "rows/s", True, found.of("rows/s"), settings, panel=f"on {device}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure it, if there is a GPU."""
+    parser = make_parser(__doc__, systems=(OURS, BARE))
+    parser.add_argument("--device", default="cuda", help="of experts and bare modules; 'cpu' to try this file out")
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="of the experts")
+    parser.add_argument("--clients", type=int, default=CLIENTS, help="processes (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of a call (default %(default)s)")
+    parser.add_argument("--transport", choices=("auto", "unix", "tls", "libp2p"), default="auto", help="of this project")
+    options = parse(parser, argv, {"widths": [64], "clients": 2, "rows": 16, "rounds": 1})
+    record = Record("gpu", options.smoke)
+    if options.device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("no CUDA device")
+        record.machine["gpu"] = torch.cuda.get_device_name(options.device)
+    for width in options.widths:
+        for backward in (False, True):
+            record.cases.append(
+                measure(
+                    width,
+                    options.rounds,
+                    options.seconds,
+                    device=options.device,
+                    clients=options.clients,
+                    rows=options.rows,
+                    backward=backward,
+                    transport=options.transport,
+                )
+            )
+    record.publish(options.out)
+
+
+if __name__ == "__main__":
+    main()
