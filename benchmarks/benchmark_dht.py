@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--peers", type=int, nargs="+", default=list(PEERS), help="numbers (default %(default)s)")
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), help="sizes (default %(default)s)")
-    options = parse(parser, argv, {"peers": [2], "grids": ["2x2", "4x4"], "rounds": 1, "systems": [OURS]})
+    options = parse(parser, argv, {"peers": [2], "grids": ["2x2", "2x3"], "rounds": 1, "systems": [OURS]})
     record = Record("dht", options.smoke)
     for peers in options.peers:
         record.cases += measure(peers, options.grids, options.systems, options.rounds)

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure it."""
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--experts", type=int, nargs="+", default=list(EXPERTS), help="numbers (default %(default)s)")
-    options = parse(parser, argv, {"experts": [1, 4], "rounds": 1, "systems": [OURS]})
+    options = parse(parser, argv, {"experts": [2], "rounds": 1, "systems": [OURS]})
     record = Record("footprint", options.smoke)
     experts = {count: EXPERTS.get(count, (OURS, STOCK)) for count in options.experts}
     record.cases = measure(experts, options.systems, options.rounds)

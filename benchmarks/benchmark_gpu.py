@@ -14,18 +14,20 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.benchmark_throughput import vectors_per_s
 from benchmarks.common import BARE, OURS, Case, Record, interleave, make_parser, parse
-from benchmarks.peers import Subject, alone, running, served
+from benchmarks.peers import Subject, bare, running, served
 
 WIDTHS = (1024, 4096)
+PASSES = {"forward": False, "forward+backward": True}
 CLIENTS, ROWS = 8, 2048
 FROM_HOST = f"{BARE}, from host"
 TIMEOUT_S = 120.0
 
 
 def measure(
-    width: int, rounds: int, seconds: float, *, device: str, clients: int, rows: int, backward: bool, transport: str
+    width: int, rounds: int, seconds: float, *, device: str, clients: int, rows: int, passes: str, transport: str
 ) -> Case:
     """Rows per second of one width."""
+    backward = PASSES[passes]
     server = {
         "uids": ["expert.0"],
         "expert_cls": "ffn_bfloat16",
@@ -44,33 +46,36 @@ def measure(
     }
     module = {name: server[name] for name in ("expert_cls", "hidden_dim", "optimizer", "device")}
     ours = served(OURS, server=server, clients=clients, client={"transport": transport})
-    both_bare = [alone("bare", BARE, **module), alone("bare", BARE, **module)]
-    both_bare[1].name = FROM_HOST
     limit, timeout_s = {"seconds": seconds}, TIMEOUT_S + seconds
 
     def run(subject: Subject) -> Mapping[str, float]:
         if subject.name == OURS:
             answers = subject.ask_clients("calls", timeout_s, load=load, limit=limit)
             return {"rows/s": vectors_per_s([result for answer in answers for result in answer])}
-        from_host = subject.name == FROM_HOST
-        return {"rows/s": vectors_per_s(subject.ask("calls", timeout_s, load=load, limit=limit, from_host=from_host))}
+        return {
+            quantity: vectors_per_s(subject.ask("calls", timeout_s, load=load, limit=limit, from_host=from_host))
+            for quantity, from_host in (("rows/s", False), (FROM_HOST, True))
+        }
 
-    with running(ours, *both_bare) as started:
+    with running(ours, bare(**module)) as started:
         found = interleave(started, rounds, run)
-    passes = "forward + backward" if backward else "forward"
+    rates = {**found.of("rows/s"), FROM_HOST: found.of(FROM_HOST)[BARE]}
     settings = {**load, "clients": clients, "transport": transport, "server": server, "seconds": seconds}
-    return Case(f"ffn {width}, bfloat16, {passes}", "rows/s", True, found.of("rows/s"), settings, panel=f"on {device}")
+    return Case(f"ffn {width}, {passes}", "rows/s", True, rates, settings, panel=f"bfloat16 on {device}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure it, if there is a GPU."""
     parser = make_parser(__doc__, systems=(OURS, BARE))
     parser.add_argument("--device", default="cuda", help="of experts and bare modules; 'cpu' to try this file out")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: both)")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="of the experts")
     parser.add_argument("--clients", type=int, default=CLIENTS, help="processes (default %(default)s)")
     parser.add_argument("--rows", type=int, default=ROWS, help="of a call (default %(default)s)")
-    parser.add_argument("--transport", choices=("auto", "unix", "tls", "libp2p"), default="auto", help="of this project")
-    options = parse(parser, argv, {"widths": [64], "clients": 2, "rows": 16, "rounds": 1})
+    parser.add_argument(
+        "--transport", choices=("auto", "unix", "tls", "libp2p"), default="auto", help="of this project"
+    )
+    options = parse(parser, argv, {"widths": [64], "clients": 2, "rows": 16, "passes": ["forward+backward"]})
     record = Record("gpu", options.smoke)
     if options.device.startswith("cuda"):
         import torch
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit("no CUDA device")
         record.machine["gpu"] = torch.cuda.get_device_name(options.device)
     for width in options.widths:
-        for backward in (False, True):
+        for passes in options.passes:
             record.cases.append(
                 measure(
                     width,
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     device=options.device,
                     clients=options.clients,
                     rows=options.rows,
-                    backward=backward,
+                    passes=passes,
                     transport=options.transport,
                 )
             )

@@ -42,6 +42,7 @@ def measure(
             "shape": [ROWS, hidden_dim],
             "adapters": count,
             "backward": what != "forward",
+            "input_grad": what != "forward",
         }
         for what in passes
         for count in adapters
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, systems=(OURS, BARE))
     parser.add_argument("--callers", type=int, default=CALLERS, help="a multiple of 4 (default %(default)s)")
     parser.add_argument("--hidden_dim", type=int, default=HIDDEN, help="of the adapted expert (default %(default)s)")
-    options = parse(parser, argv, {"callers": 4, "hidden_dim": 64})
+    options = parse(parser, argv, {"callers": 4, "hidden_dim": 64, "systems": [OURS]})
     record = Record("kwargs", options.smoke)
     adapters = (0, 1, 4) if options.smoke else ADAPTERS
     record.cases = measure(

@@ -1,6 +1,6 @@
 """How long does one row take, there and back, and where does the time go? One client, one nop expert, forward.
 
-    python -m benchmarks.benchmark_latency
+python -m benchmarks.benchmark_latency
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure it."""
     parser = make_parser(__doc__)
-    parser.add_argument("--transport", choices=("auto", "unix", "tls", "libp2p"), default="auto", help="of this project")
+    parser.add_argument(
+        "--transport", choices=("auto", "unix", "tls", "libp2p"), default="auto", help="of this project"
+    )
     options = parse(parser, argv, {"systems": [OURS]})
     record = Record("latency", options.smoke)
     record.cases = measure(options.systems, options.rounds, options.seconds, options.transport)

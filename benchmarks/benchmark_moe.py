@@ -21,7 +21,11 @@ PREFIX = "expert."
 HANDLERS = 16  # of stock hivemind; more do not help on a few cores, and its default of 64 takes longer to start
 BURSTS, PAUSE_S = 3, 0.3  # in a round
 TIMEOUT_S = 90.0
-CASES = {"balanced": "64 rows, balanced", "hot": "64 rows, one hot expert", "bursty": "64 rows, {clients} clients at once"}
+CASES = {
+    "balanced": "64 rows, balanced",
+    "hot": "64 rows, one hot expert",
+    "bursty": "64 rows, {clients} clients at once",
+}
 
 
 def measure(
@@ -90,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=4, help="of a burst (default %(default)s)")
     parser.add_argument("--rows", type=int, default=ROWS, help="of a batch (default %(default)s)")
     parser.add_argument("--handlers", type=int, default=HANDLERS, help="of stock hivemind (default %(default)s)")
-    parser.add_argument("--transport", choices=("auto", "unix", "tls", "libp2p"), default="auto", help="of this project")
+    parser.add_argument(
+        "--transport", choices=("auto", "unix", "tls", "libp2p"), default="auto", help="of this project"
+    )
     options = parse(parser, argv, {"clients": 2, "rows": 4, "rounds": 1, "handlers": 4})
     record = Record("moe", options.smoke)
     record.cases = measure(

@@ -51,7 +51,16 @@ def _point(
 
 def _cases(panel: str, x_label: str, unit: str, x: int, found: Any, settings: Mapping[str, Any]) -> list[Case]:
     return [
-        Case(f"{x} {x_label}: {what}", metric, higher, found.of(what), settings, panel=f"{panel}: {what}", x=x, x_label=x_label)
+        Case(
+            f"{x} {x_label}: {what}",
+            metric,
+            higher,
+            found.of(what),
+            settings,
+            panel=f"{panel}: {what}",
+            x=x,
+            x_label=x_label,
+        )
         for what, metric, higher in (("rate", f"{unit}/s", True), ("latency", "ms, median of a call", False))
     ]
 
@@ -116,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, rounds=3, seconds=2.0, systems=(OURS,))
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=list(PANELS), help="what to vary (default: all)")
     parser.add_argument("--largest", type=int, help="leave out what is larger")
-    options = parse(parser, argv, {"panels": ["clients", "lengths"], "largest": 4, "rounds": 1, "seconds": 0.05})
+    options = parse(parser, argv, {"panels": ["clients"], "largest": 2})
     record = Record("scale", options.smoke)
     for panel in options.panels:
         measure, counts = PANELS[panel]

@@ -91,7 +91,9 @@ class Preset:
         }
 
 
-_CRITERION = Preset(experts=1, calls=None, handlers=8, optimizer="none", backward=False)  # 8: hivemind's default per expert
+_CRITERION = Preset(
+    experts=1, calls=None, handlers=8, optimizer="none", backward=False
+)  # 8: hivemind's default per expert
 _SMALL = Preset(backward=True, experts=1, rows=1, max_batch_size=8192, clients=512)
 PRESETS = {
     "default": Preset(),
@@ -124,9 +126,7 @@ def measure(name: str, preset: Preset, systems: Sequence[str], rounds: int, seco
         start_timeout_s=START_TIMEOUT_S + 2.0 * preset.clients + 4.0 * preset.experts,
     )
     if BARE in systems:
-        subjects.append(
-            bare(expert_cls=preset.expert_cls, hidden_dim=preset.hidden_dim, optimizer=preset.optimizer)
-        )
+        subjects.append(bare(expert_cls=preset.expert_cls, hidden_dim=preset.hidden_dim, optimizer=preset.optimizer))
     limit = {"seconds": seconds} if preset.calls is None else {"calls": preset.calls}
     calls = preset.calls or 2
     timeout_s = STALL_S + seconds + preset.clients * calls * preset.rows / SLOWEST_ROWS_PER_S
@@ -171,9 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = Record("throughput", options.smoke)
     for name in options.preset:
         preset = PRESETS[name].shrunk(options.scale)
-        preset = replace(
-            preset, rows=options.rows or preset.rows, transport=options.transport or preset.transport
-        )
+        preset = replace(preset, rows=options.rows or preset.rows, transport=options.transport or preset.transport)
         label = name if options.transport is None else f"{name}, {options.transport}"
         print(f"{label}: {preset}", file=sys.stderr)
         record.cases.append(measure(label, preset, options.systems, options.rounds, options.seconds))

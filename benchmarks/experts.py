@@ -39,8 +39,6 @@ class AdaptedSequenceBlock(AdaptedFeedforwardBlock):
     """The adapted ffn expert, for sequences."""
 
 
-@register_expert_class(
-    "nop_sequence", schema=lambda hidden_dim: {"args": (BatchTensorProto(None, hidden_dim),)}
-)
+@register_expert_class("nop_sequence", schema=lambda hidden_dim: {"args": (BatchTensorProto(None, hidden_dim),)})
 class NopSequence(NopExpert):
     """Returns its sequences."""

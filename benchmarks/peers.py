@@ -95,7 +95,9 @@ class Peer:
         deadline = time.monotonic() + timeout_s
         try:
             self._connection.send_bytes(json.dumps(message).encode())
-            while not self._connection.poll(_POLL_S):  # not the whole time: its forks hold the pipe open when it has died
+            while not self._connection.poll(
+                _POLL_S
+            ):  # not the whole time: its forks hold the pipe open when it has died
                 if self._process.poll() is not None:
                     raise MeasurementFailed(f"{self.name} died while {what}; its log ends with\n{self.log_tail()}")
                 if time.monotonic() > deadline:

@@ -261,9 +261,7 @@ class Hivemind:
         """See System."""
         from hivemind.moe import RemoteMixtureOfExperts
 
-        return RemoteMixtureOfExperts(
-            in_features=width, grid_size=tuple(grid), dht=node, uid_prefix=prefix, k_best=k
-        )
+        return RemoteMixtureOfExperts(in_features=width, grid_size=tuple(grid), dht=node, uid_prefix=prefix, k_best=k)
 
     def declare(self, node: Any, uids: Sequence[str], expiration_s: float) -> bool:
         """See System."""

@@ -89,7 +89,9 @@ class Limit(NamedTuple):
 
     def reached(self, calls: int, elapsed_s: float) -> bool:
         """Is it time to end?"""
-        return (self.calls is not None and calls >= self.calls) or (self.seconds is not None and elapsed_s >= self.seconds)
+        return (self.calls is not None and calls >= self.calls) or (
+            self.seconds is not None and elapsed_s >= self.seconds
+        )
 
 
 def timed_loop(step: Callable[[int], object], limit: Limit) -> dict[str, Any]:
@@ -271,7 +273,9 @@ class Clients:
         message = {"command": method, "arguments": {**call, "begin_at": begin_at}}
         return self._exchange(range(workers or len(self._pipes)), lambda index: message, patience_s)
 
-    def _exchange(self, indices: Sequence[int], message: Callable[[int], dict[str, Any]], timeout_s: float) -> list[Any]:
+    def _exchange(
+        self, indices: Sequence[int], message: Callable[[int], dict[str, Any]], timeout_s: float
+    ) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         for index in indices:
             self._pipes[index].send_bytes(json.dumps(message(index)).encode())
@@ -337,7 +341,8 @@ class Bare:
         inputs = [what.inputs(caller) for caller in range(callers)]
         if not from_host:
             inputs = [
-                (x.detach().to(self._device).requires_grad_(x.requires_grad), self._moved(kwargs)) for x, kwargs in inputs
+                (x.detach().to(self._device).requires_grad_(x.requires_grad), self._moved(kwargs))
+                for x, kwargs in inputs
             ]
 
         def compute(x: Any, **kwargs: Any) -> Any:

@@ -281,11 +281,12 @@ class ExpertCaller:
                 if not (e.retryable or elsewhere) or number == self.config.max_retries:
                     raise _with_history(e, failures) from e.__cause__
                 delay_s = retry_delay_s(number, self.config, other_server=len(self.peers) > 1)
-                left_s = budget.left_s() if not isinstance(e, CallTimeout) else _left_or_raise(budget, e, failures)
+                left_s = _left_or_raise(budget, e, failures)
                 if left_s is not None and left_s <= delay_s:
                     raise _with_history(e, failures) from None
                 logger.debug("expert %s: attempt %d failed: %r", self.uid, number, e)
-                self.peers.append(self.peers.pop(0))
+                if self.peers[0] is peer:  # else another part of a split call has done so
+                    self.peers.append(self.peers.pop(0))
                 await asyncio.sleep(delay_s)
         raise AssertionError("unreachable")
 
@@ -294,7 +295,7 @@ def retry_delay_s(attempt: int, config: ClientConfig, *, other_server: bool) -> 
     """Wait before attempt ``attempt + 1``: none for a first try of another server, then doubling."""
     if attempt == 0 and other_server:
         return 0.0
-    return min(config.min_backoff_s * 2.0**attempt, config.max_backoff_s)
+    return min(config.min_backoff_s * 2.0 ** min(attempt, 64), config.max_backoff_s)
 
 
 async def _all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -212,7 +212,7 @@ class _RemoteExpertCall(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         sent = to_wire(schema, present, inputs)
         outputs = client_loop().run(caller.forward(sent, present, budget))
-        device = inputs[0].device
+        device = inputs[0].device if inputs else "cpu"  # every kwarg may be optional
         outputs = [output.to(device) for output in outputs]
         ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
         return tuple(outputs)

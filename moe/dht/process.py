@@ -16,6 +16,7 @@ import select
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing import reduction
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 15.0  # for one operation
 _POLL_S = 0.25  # how often a waiting caller looks whether the process still lives
+_LOCK_PATIENCE_S = 2.0  # a result is sent in far less, unless the sender is dead
 _INLINE_BYTES = 2048  # a request is one write of at most PIPE_BUF (4096) bytes; 759 of them are hivemind's
 
 _Result = TypeVar("_Result")
@@ -155,8 +157,28 @@ def _wait(dht: DHT, stage: str, future: Any, deadline: float) -> Any:
 
 
 def _check_alive(dht: DHT, stage: str) -> None:
-    if dht._parent_pid == os.getpid() and not dht.is_alive():  # another process could not tell
+    if dht._parent_pid != os.getpid():
+        return  # only its parent can tell
+    _children.add(dht)
+    for child in tuple(_children):
+        if not child.is_alive():
+            _bury(child)
+    if not dht.is_alive():
         raise LifecycleError(f"DHT: {stage}: its process is not running (exit code {dht.exitcode})")
+
+
+_children: weakref.WeakSet[DHT] = weakref.WeakSet()  # of this process, still living as far as known
+
+
+def _bury(dht: DHT) -> None:
+    """hivemind's processes send results under one lock. One that was killed while it had the lock keeps it, and all DHTs
+    of this process wait for it for ever; so after a violent death, whoever has had the lock for long has it no more.
+    """
+    _children.discard(dht)
+    if dht.exitcode:
+        MPFuture._update_lock.acquire(timeout=_LOCK_PATIENCE_S)
+        with contextlib.suppress(ValueError):  # it was released meanwhile
+            MPFuture._update_lock.release()
 
 
 # --- starting and stopping it ----------------------------------------------------------------------------------------
@@ -179,6 +201,7 @@ def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.
             raise ConfigError(f"initial_peers: {str(address)!r} is not an address like /ip4/.../p2p/...: {e}") from None
     deadline = time.monotonic() + start_timeout_s
     dht = DHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
+    _children.add(dht)
     dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
     try:
         _wait(dht, "starting", dht._ready, deadline)
@@ -231,6 +254,8 @@ def _kill(dht: DHT) -> None:
     if dht.is_alive():
         dht.kill()
         dht.join()
+    if dht in _children:
+        _bury(dht)
     for pipe in (dht._outer_pipe, dht._inner_pipe):
         with contextlib.suppress(OSError):
             pipe.close()
