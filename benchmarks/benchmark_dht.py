@@ -2,16 +2,18 @@
 
     python -m benchmarks.benchmark_dht --peers 4 16 --grids 8x8 16x16 32x32
 
-One node declares all experts of a grid, another one looks them all up, then searches the best of them for a batch of rows: first
-knowing nothing, then again with other scores. Every round has uids of its own. Both systems use hivemind's DHT underneath.
+One node declares all experts of a grid, another one looks them all up, then searches the best of them for a batch of rows:
+first knowing nothing, then again with other scores. Every round has new uids. Both systems use hivemind's DHT underneath.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from benchmarks.common import OURS, STOCK, Case, Record, interleave, make_parser, parse
+from benchmarks.common import OURS, Case, Record, interleave, make_parser, parse
 from benchmarks.peers import Subject, alone, running
 
 PEERS = (4, 16)
@@ -27,26 +29,16 @@ QUANTITIES = {
 }
 
 
+_serial = itertools.count()  # of prefixes, so that nobody knows anything of them
+
+
 def measure(peers: int, grids: Sequence[str], systems: Sequence[str], rounds: int) -> list[Case]:
     """Milliseconds of each operation, for each grid, with one number of peers."""
     cases = []
-    serial = itertools.count()  # of prefixes, so that nobody knows anything of them
     with running(*(alone("nodes", system, count=peers) for system in systems)) as started:
         for grid in grids:
             sizes = [int(size) for size in grid.split("x")]
-            coordinates = [".".join(map(str, place)) for place in itertools.product(*map(range, sizes))]
-            timeout_s = TIMEOUT_S + 0.1 * len(coordinates)
-
-            def run(subject: Subject) -> Mapping[str, float]:
-                prefix = f"expert{next(serial)}."
-                uids = [prefix + place for place in coordinates]
-                declare_s = subject.ask("declare", timeout_s, uids=uids, expiration_s=EXPIRATION_S)
-                find_s = subject.ask("find", timeout_s, uids=uids)
-                search = {"prefix": prefix, "grid": sizes, "rows": ROWS, "beam_size": BEST, "seed": 0}
-                first_s, next_s = subject.ask("search", timeout_s, **search)
-                return dict(zip(QUANTITIES, (1e3 * s for s in (declare_s, find_s, first_s, next_s))))
-
-            found = interleave(started, rounds, run)
+            found = interleave(started, rounds, partial(_declare_and_find, sizes=sizes))
             settings = {"peers": peers, "grid": sizes, "rows": ROWS, "beam_size": BEST, "expiration_s": EXPIRATION_S}
             cases += [
                 Case(
@@ -56,13 +48,25 @@ def measure(peers: int, grids: Sequence[str], systems: Sequence[str], rounds: in
                     found.of(quantity),
                     settings,
                     panel=f"{title}, {peers} peers",
-                    x=len(coordinates),
+                    x=math.prod(sizes),
                     x_label="experts in the grid",
                     notes=found.notes,
                 )
                 for quantity, title in QUANTITIES.items()
             ]
     return cases
+
+
+def _declare_and_find(subject: Subject, sizes: Sequence[int]) -> Mapping[str, float]:
+    """All operations, once."""
+    prefix = f"expert{next(_serial)}."
+    uids = [prefix + ".".join(map(str, place)) for place in itertools.product(*map(range, sizes))]
+    timeout_s = TIMEOUT_S + 0.1 * len(uids)
+    declare_s = subject.ask("declare", timeout_s, uids=uids, expiration_s=EXPIRATION_S)
+    find_s = subject.ask("find", timeout_s, uids=uids)
+    search = {"prefix": prefix, "grid": sizes, "rows": ROWS, "beam_size": BEST, "seed": 0}
+    first_s, next_s = subject.ask("search", timeout_s, **search)
+    return dict(zip(QUANTITIES, (1e3 * elapsed_s for elapsed_s in (declare_s, find_s, first_s, next_s))))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

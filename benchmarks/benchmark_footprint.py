@@ -2,9 +2,9 @@
 
     python -m benchmarks.benchmark_footprint
 
-Every round starts each server anew. The time is from starting Python to the server's word that it serves, imports included. The
-experts are ffn of width 64, so small that what is measured is everything else. Stock hivemind gets 8 connection handlers in all,
-however many experts it hosts: that is to its advantage, its default is 8 for each expert (512 processes for 64 experts).
+Every round starts each server anew. The time is from starting Python to the server's word that it serves, imports included.
+The experts are ffn of width 64, so small that what is measured is everything else. Stock hivemind gets 8 connection handlers in
+all, however many experts it hosts. That is to its advantage: its default is 8 for each expert, 512 processes for 64 experts.
 """
 
 from __future__ import annotations

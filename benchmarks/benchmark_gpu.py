@@ -1,10 +1,10 @@
-"""How much of a GPU do clients get through a server? Rows per second of ffn experts (width 1024 and 4096, bfloat16), 8 clients with
-2048 rows each, against the bare module on the same GPU.
+"""How much of a GPU do clients get through a server? Rows per second of ffn experts (width 1024 and 4096, bfloat16), 8 clients
+with 2048 rows each, against the bare module on the same GPU.
 
     python -m benchmarks.benchmark_gpu
 
-Two bare modules: "bare" has its inputs on the GPU; "bare, from host" takes each one from the host's memory and brings the output
-back, as every server must.
+The bare module is measured in two ways: "bare" has its inputs on the GPU; "bare, from host" takes each of them from the host's
+memory and brings the output back, as every server must.
 """
 
 from __future__ import annotations

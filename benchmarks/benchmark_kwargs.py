@@ -1,11 +1,11 @@
-"""What does it cost to bring one's own adapter? 16 callers with 0, 1, 4 or 16 different LoRA adapters between them, the same rows
-in total, on one ffn expert; and callers whose sequences have one length, or four. This project and the bare module: stock hivemind
-takes neither.
+"""What does it cost to bring one's own adapter? 16 callers with 0, 1, 4 or 16 different LoRA adapters between them, the same
+rows in total, on one ffn expert; and callers whose sequences have one length, or four. This project and the bare module: stock
+hivemind takes neither.
 
     python -m benchmarks.benchmark_kwargs
 
-The bare module computes one caller after another. The ratios in the table are of rates within a round, so that 16 adapters at 0.8
-of one adapter means: a fifth is lost because the callers differ.
+The bare module computes one caller after another. The ratios in the table are of rates within a round: 16 adapters at 0.8 of
+one adapter means that a fifth is lost because the callers differ.
 """
 
 from __future__ import annotations

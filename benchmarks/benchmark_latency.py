@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.common import OURS, STOCK, Case, Record, interleave, make_parser, parse, quantile
+from benchmarks.common import OURS, Case, Record, interleave, make_parser, parse, quantile
 from benchmarks.peers import Subject, running, served_each
 
 UID = "expert.0"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import OURS, STOCK, Case, Record, interleave, make_parser, parse
+from benchmarks.common import Case, Record, interleave, make_parser, parse
 from benchmarks.peers import Subject, running, served_each
 
 EXPERTS, WIDTH, ROWS, BEST = 8, 64, 64, 4

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.benchmark_throughput import vectors_per_s
@@ -36,11 +37,9 @@ def _server(expert_cls: str, hidden_dim: int, experts: int = 1) -> dict[str, Any
     }
 
 
-def _point(
-    subject: Subject, load: Mapping[str, Any], clients: int, seconds: float, processes: int = PROCESSES
-) -> Mapping[str, float]:
+def _point(subject: Subject, *, load: Mapping[str, Any], clients: int, seconds: float) -> Mapping[str, float]:
     """Rate and latency of so many clients with the same load."""
-    used = min(processes, clients)
+    used = min(PROCESSES, clients)
     answers = subject.ask_clients(
         "calls", TIMEOUT_S + seconds, used, load=load, limit={"seconds": seconds}, threads=clients // used
     )
@@ -71,7 +70,7 @@ def measure_clients(counts: Sequence[int], rounds: int, seconds: float) -> list[
     load = {"uids": server["uids"], "shape": [32, 1024]}
     with running(served(OURS, server=server, clients=min(PROCESSES, max(counts)))) as started:
         for count in counts:
-            found = interleave(started, rounds, lambda subject, count=count: _point(subject, load, count, seconds))
+            found = interleave(started, rounds, partial(_point, load=load, clients=count, seconds=seconds))
             cases += _cases("clients", "clients", "rows", count, found, {**load, "server": server})
     return cases
 
@@ -84,7 +83,7 @@ def measure_experts(counts: Sequence[int], rounds: int, seconds: float) -> list[
         load = {"uids": server["uids"], "shape": [32, 64]}
         timeout_s = START_TIMEOUT_S + 0.2 * count
         with running(served(OURS, server=server, clients=PROCESSES, start_timeout_s=timeout_s)) as started:
-            found = interleave(started, rounds, lambda subject, load=load: _point(subject, load, 8, seconds))
+            found = interleave(started, rounds, partial(_point, load=load, clients=8, seconds=seconds))
         settings = {"clients": 8, "shape": load["shape"], "expert_cls": "nop"}
         cases += _cases("experts", "experts", "rows", count, found, settings)
     return cases
@@ -96,7 +95,7 @@ def measure_rows(counts: Sequence[int], rounds: int, seconds: float) -> list[Cas
     with running(served(OURS, server=server)) as started:
         for count in counts:
             load = {"uids": server["uids"], "shape": [count, 1024]}
-            found = interleave(started, rounds, lambda subject, load=load: _point(subject, load, 1, seconds))
+            found = interleave(started, rounds, partial(_point, load=load, clients=1, seconds=seconds))
             cases += _cases("rows of a call", "rows", "rows", count, found, {**load, "server": server})
     return cases
 
@@ -107,7 +106,7 @@ def measure_lengths(lengths: Sequence[int], rounds: int, seconds: float) -> list
     with running(served(OURS, server=server)) as started:
         for length in lengths:
             load = {"uids": server["uids"], "shape": [16, length, 256]}
-            found = interleave(started, rounds, lambda subject, load=load: _point(subject, load, 1, seconds))
+            found = interleave(started, rounds, partial(_point, load=load, clients=1, seconds=seconds))
             cases += _cases("sequence length", "positions", "positions", length, found, {**load, "server": server})
     return cases
 

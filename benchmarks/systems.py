@@ -6,6 +6,7 @@ Used inside the processes of ``benchmarks.worker``, each of which imports one of
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -85,11 +86,8 @@ class Moe:
     """This project."""
 
     def __init__(self) -> None:
-        import benchmarks.experts  # noqa: F401  registers them
-        import moe.client.expert
-        import moe.client.moe
-        import moe.server.server
-
+        for name in ("benchmarks.experts", "moe.client.moe", "moe.server.server"):  # now, not when it is timed
+            importlib.import_module(name)
         self._server: Any = None
         self._connect: Callable[[str], Any] | None = None
 
@@ -209,8 +207,7 @@ class Hivemind:
     """Stock hivemind 1.1.12."""
 
     def __init__(self) -> None:
-        import hivemind.moe
-
+        importlib.import_module("hivemind.moe")  # now, not when it is timed
         self._server: Any = None
         self._experts: dict[str, Any] = {}
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from benchmarks.systems import SYSTEMS, Address, System, await_experts
+from benchmarks.systems import SYSTEMS, Address, Moe, System, await_experts
 
 AT_ONCE = 8  # clients that start at the same time; each starts a libp2p daemon
 TIME_TO_PREPARE_S = 0.1  # from the order to begin until clients begin, all at once
@@ -183,7 +183,9 @@ class Client:
         """Where the time of each call goes; this project only."""
         what, until = Load(**load), Limit(**limit)
         x, kwargs = what.inputs(self._index)
-        expert, traced = self._system.expert(what.uids[0]), getattr(self._system, "traced")
+        expert, system = self._system.expert(what.uids[0]), self._system
+        assert isinstance(system, Moe)
+        traced = system.traced
         found: list[dict[str, float]] = []
 
         def step(_: int) -> None:
@@ -222,8 +224,9 @@ class Client:
 
         torch.manual_seed(0)
         if self._mixture is None:
-            options = dict(prefix=prefix, grid=grid, k=k, width=width)
-            self._mixture = self._system.mixture(self._node, self._transport, **options)
+            self._mixture = self._system.mixture(
+                self._node, self._transport, prefix=prefix, grid=grid, k=k, width=width
+            )
         mixture = self._mixture
         with torch.no_grad():
             mixture.proj.weight.normal_()

@@ -95,7 +95,7 @@ class UidPattern:
                     f"Block must be either fixed or a range [from:to]"
                 )
             self.blocks.append(range(int(matched[1]), int(matched[2])))
-        example = next(iter(self))
+        example = UID_DELIMITER.join(str(b.start) if isinstance(b, range) else b for b in self.blocks)
         if not is_valid_uid(example):
             raise ConfigError(
                 f"Expert pattern {pattern} gives invalid uids such as {example!r}; expected a name followed by one or "

@@ -8,10 +8,11 @@ chosen. Everything runs in the client's event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -92,10 +93,11 @@ class ExpertCaller:
         :raises MoEError: no server could answer
         """
         description, schema = await self.describe(budget)
-        entries = schema.input_entries(present)
-        rows = validate(entries, tensors)
-        self._check_finite(tensors, entries)
-        ranges = self._row_ranges(description, schema, entries, tensors, rows, schema.output_entries)
+        with self._saying_whose():
+            entries = schema.input_entries(present)
+            rows = validate(entries, tensors)
+            self._check_finite(tensors, entries)
+            ranges = self._row_ranges(description, schema, entries, tensors, rows, schema.output_entries)
         if len(ranges) == 1:
             return await self._forward_once(description, schema, tensors, present, rows, budget)
         parts = await _all_or_cancel(
@@ -120,14 +122,15 @@ class ExpertCaller:
         :raises MoEError: no server could answer
         """
         description, schema = await self.describe(budget)
-        entries = schema.input_entries(present)
-        rows = validate(entries, inputs)
-        grad_entries = gradient_entries(schema.output_entries)
-        validate(grad_entries, grad_outputs, rows=rows, what="grad_outputs")
-        self._check_finite(grad_outputs, grad_entries)
-        every, tensors = (*entries, *grad_entries), [*inputs, *grad_outputs]
+        with self._saying_whose():
+            entries = schema.input_entries(present)
+            rows = validate(entries, inputs)
+            grad_entries = gradient_entries(schema.output_entries)
+            validate(grad_entries, grad_outputs, rows=rows, what="grad_outputs")
+            self._check_finite(grad_outputs, grad_entries)
+            every, tensors = (*entries, *grad_entries), [*inputs, *grad_outputs]
+            ranges = self._row_ranges(description, schema, every, tensors, rows, entries)
         wants = tuple(wants_grad)
-        ranges = self._row_ranges(description, schema, every, tensors, rows, entries)
         if len(ranges) == 1:
             return await self._backward_once(description, schema, tensors, len(entries), present, wants, budget)
         parts = await _all_or_cancel(
@@ -137,6 +140,15 @@ class ExpertCaller:
             for a, b in ranges
         )
         return [_join_gradients(entry, pieces) for entry, pieces in zip(entries, zip(*parts))]
+
+    @contextlib.contextmanager
+    def _saying_whose(self) -> Iterator[None]:
+        """Name the expert in errors about its schema."""
+        try:
+            yield
+        except SchemaError as e:
+            e.uid = e.uid or self.uid
+            raise
 
     async def _forward_once(
         self,

@@ -8,12 +8,13 @@ answers are sent, what was learned is saved. Must not know: what any of them doe
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,7 +34,22 @@ from moe.version import __version__
 
 logger = logging.getLogger(__name__)
 
+_Create = TypeVar("_Create", bound=Callable[..., Any])
+
 _WATCH_PERIOD_S = 0.25  # how often a running server looks after its parts
+
+
+def _takes_what(function: Callable[..., Any]) -> Callable[[_Create], _Create]:
+    """Show the parameters of another function, and ``start``, as those of a classmethod that passes them on."""
+
+    def show(create: _Create) -> _Create:
+        first, *own = inspect.signature(create).parameters.values()
+        passed = list(inspect.signature(function).parameters.values())
+        named = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        create.__signature__ = inspect.Signature([first, *passed[:-1], *named, passed[-1]])  # type: ignore[attr-defined]
+        return create
+
+    return show
 
 
 class Server:
@@ -114,8 +130,14 @@ class Server:
             self.run_in_background(await_ready=True)
 
     @classmethod
+    @_takes_what(assemble)
     def create(cls, *args: Any, start: bool, **kwargs: Any) -> Server:
-        """Make a server with several experts of one class; see ``moe.server.assembly.assemble`` for the parameters."""
+        """Make a server with several experts of one class, and a DHT node of its own.
+
+        Takes the parameters of ``moe.server.assembly.assemble``, which are hivemind's and some more; see there.
+
+        :param start: start now, and return when requests can be served
+        """
         parts: ServerParts = assemble(*args, **kwargs)
         try:
             return cls(parts.dht, parts.backends, start=start, **parts.server_options)

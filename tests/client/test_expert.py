@@ -143,7 +143,7 @@ def test_an_adapter_is_trained_by_its_owner_while_the_expert_stays_as_it_is() ->
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05
     assert unchanged(module, before)
 

@@ -102,7 +102,9 @@ def forward_call(x: torch.Tensor, uid: str = "lora.0", **header: Any) -> Call:
 @contextlib.contextmanager
 def lora_host(config: HandlerConfig | None = None) -> Any:
     slow = SlowExpert()
-    slow_backend = ExpertBackend("slow.0", slow, args_schema=lora_backend(LoraExpert()).args_schema, max_batch_size=2**16)
+    slow_backend = ExpertBackend(
+        "slow.0", slow, args_schema=lora_backend(LoraExpert()).args_schema, max_batch_size=2**16
+    )
     with Host({"lora.0": lora_backend(LoraExpert(), max_batch_size=2**16), "slow.0": slow_backend}, config) as host:
         yield host
 
@@ -126,9 +128,7 @@ def test_backward_with_globals_and_lossy_codecs(kind: str) -> None:
     with lora_host() as host:
         x, a, b = torch.randn(300, 5, HIDDEN), torch.randn(HIDDEN, 3), torch.randn(3, HIDDEN)
         grad = torch.randn(300, 5, HIDDEN)
-        header = RequestHeader(
-            present=("lora_a", "lora_b"), wants_grad=(True, True, True), request_id=new_request_id()
-        )
+        header = RequestHeader(present=("lora_a", "lora_b"), wants_grad=(True, True, True), request_id=new_request_id())
         call = Call(BACKWARD, "lora.0", header, [x, a, b, grad], [Compression.FLOAT16, 0, 0, Compression.FLOAT16])
         reply = host.run(lambda client: client.call(call, 30.0), kind)
         leaves = [t.clone().requires_grad_() for t in (x, a, b)]
@@ -273,7 +273,12 @@ def raw_link(host: Host) -> socket.socket:
 
 @pytest.mark.parametrize(
     "garbage",
-    [os.urandom(4096), HEADER.pack(DATA, 7, 100) + bytes(100), HEADER.pack(OPEN, 1, 2**50), encode_frame(OPEN, 1, b"?")],
+    [
+        os.urandom(4096),
+        HEADER.pack(DATA, 7, 100) + bytes(100),
+        HEADER.pack(OPEN, 1, 2**50),
+        encode_frame(OPEN, 1, b"?"),
+    ],
     ids=["random", "data of no call", "endless opening", "malformed opening"],
 )
 def test_garbage_cuts_off_its_sender_and_nobody_else(garbage: bytes) -> None:
@@ -333,7 +338,9 @@ class LibP2P:
 
 
 @contextlib.asynccontextmanager
-async def auto(host: Host, ticket: Callable[[], Ticket], mode: str = "auto") -> AsyncIterator[tuple[AutoTransport, LibP2P]]:
+async def auto(
+    host: Host, ticket: Callable[[], Ticket], mode: str = "auto"
+) -> AsyncIterator[tuple[AutoTransport, LibP2P]]:
     below = LibP2P(host, ticket)
     transport = AutoTransport(below, mode)
     try:
