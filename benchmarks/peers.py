@@ -133,6 +133,11 @@ class Peer:
                     member.kill()
             time.sleep(_POLL_S)
         self._process.wait()
+        while (late := _shm_managers(self._directory)) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        for manager in late:
+            with contextlib.suppress(psutil.Error):
+                manager.kill()
         for path in sockets:
             path.unlink(missing_ok=True)
         self._connection.close()
@@ -146,6 +151,17 @@ def _session_members(session: int) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _shm_managers(directory: str) -> list[psutil.Process]:
+    """Those that stock servers have started through torch. They leave the session, and end by themselves as soon as they have
+    removed the shared memory of the dead; nobody else would."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("torch_shm") and process.environ().get("TMPDIR") == directory:
                 found.append(process)
     return found
 

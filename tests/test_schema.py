@@ -50,7 +50,8 @@ def protos(draw: Any) -> TensorProto:
     if DTYPES[dtype].is_floating_point and dtype != "bfloat16":
         codec = draw(st.sampled_from([Compression.NONE, Compression.FLOAT16, Compression.UNIFORM_8BIT]))
     kind = draw(st.sampled_from([B, G]))
-    return kind(*draw(sizes), dtype=DTYPES[dtype], compression=codec)
+    proto: TensorProto = kind(*draw(sizes), dtype=DTYPES[dtype], compression=codec)
+    return proto
 
 
 nested = st.recursive(
@@ -169,9 +170,9 @@ def test_whatever_is_wrong_with_a_tensor_is_named(call: RandomCall, data: st.Dat
     wrongs: list[torch.Tensor] = [right[None], right.to(torch.int8 if right.dtype != torch.int8 else torch.int16)]
     fixed = [axis for axis, size in enumerate(proto.size) if size is not None]
     if fixed:
-        axis = data.draw(st.sampled_from(fixed))
-        wrongs.append(torch.cat([right, right.narrow(axis, 0, 0), *[right.select(axis, 0).unsqueeze(axis)] * 1], axis)
-                      if right.shape[axis] else right.new_zeros([1 if a == axis else s for a, s in enumerate(right.shape)]))  # fmt: skip
+        longer = list(right.shape)
+        longer[data.draw(st.sampled_from(fixed))] += 1
+        wrongs.append(right.new_zeros(longer))
     tensors[index] = data.draw(st.sampled_from(wrongs))
     with pytest.raises(SchemaError) as caught:
         validate(entries, tensors)
@@ -300,7 +301,9 @@ def test_protos_fit_the_tensors_they_make_and_are_made_from(proto: TensorProto, 
     assert hash(exact) == hash(type(proto)(exact.sizes, dtype=exact.dtype, compression=exact.compression))
 
 
-@pytest.mark.parametrize("args", [["dict", 5], ["dict", [1]], ["list", {"a": 1}], ["set", []], [], 5, ["tuple", 5], "ab"])
+@pytest.mark.parametrize(
+    "args", [["dict", 5], ["dict", [1]], ["list", {"a": 1}], ["set", []], [], 5, ["tuple", 5], "ab"]
+)
 def test_containers_that_are_none_are_a_typed_error(args: Any) -> None:
     good = ExpertSchema((B(2),), {"x": G(3)}, B()).to_plain()
     for plain in ({**good, "args": args}, {**good, "args": ["tuple", [args]]}, {**good, "kwargs": args}):
@@ -332,7 +335,7 @@ def test_protos_are_values_and_show_what_they_are() -> None:
         (lambda: B(-1), "int >= 0 or None"),
         (lambda: B(2.0), "int >= 0 or None"),  # type: ignore[arg-type]
         (lambda: B(True), "int >= 0 or None"),
-        (lambda: B("ab"), "int >= 0 or None"),
+        (lambda: B("ab"), "int >= 0 or None"),  # type: ignore[arg-type]
         (lambda: G(dtype=torch.complex64), "complex64 cannot be sent.*use one of .*float32"),
         (lambda: G(compression=77), "unknown compression 77; use one of NONE"),
         (lambda: G(dtype=torch.int64, compression=Compression.FLOAT16), "FLOAT16 is for floating-point"),
@@ -414,7 +417,7 @@ GOOD_KWARGS = {"mask": torch.zeros(3).bool(), "bias": torch.zeros(4)}
     "args, kwargs, problem",
     [
         (GOOD_ARGS[:1], {}, "args: expected 2 positional arguments .*, got 1"),
-        (GOOD_ARGS, {}, r"kwargs: missing \['bias', 'mask'\]; this expert takes required \['bias', 'mask'\], optional \['lora'\]"),
+        (GOOD_ARGS, {}, r"kwargs: missing \['bias', 'mask'\]; .* required \['bias', 'mask'\], optional \['lora'\]"),
         (GOOD_ARGS, {"mask": 0, "bias": 0, "lorra": 0}, r"kwargs: unknown \['lorra'\]"),
         (GOOD_ARGS, {"bias": 0, "lorra": 0}, r"kwargs: missing \['mask'\] and unknown \['lorra'\]"),
         ((GOOD_ARGS[0], torch.zeros(3)), GOOD_KWARGS, r"args\[1\]: expected \[float32\(batch\), .*got a tensor float32\(3\)"),
@@ -441,7 +444,7 @@ def test_namedtuples_and_other_mappings_are_taken_as_tuples_and_dicts() -> None:
     schema = ExpertSchema(((B(), B()),), {"x": {"a": B(), "b": B()}})
     one, two = torch.zeros(1), torch.ones(1)
 
-    class Frozen(dict):  # type: ignore[type-arg]
+    class Frozen(dict):
         pass
 
     _, tensors = schema.bind((Pair(one, two),), {"x": Frozen(b=two, a=one)})

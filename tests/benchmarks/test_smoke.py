@@ -1,4 +1,4 @@
-"""Every benchmark runs, ends, leaves nothing behind, and writes a record and a chart. Nothing here says how fast anything is."""
+"""Every benchmark runs, ends, leaves nothing behind, and writes a record and a chart. Nothing here says how fast things are."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -523,8 +524,8 @@ def test_concurrent_calls_of_one_caller() -> None:
     with memory_swarm({UID: backend}) as swarm:
         caller = caller_of(swarm)
         inputs = [torch.randn(1 + i % 3, HIDDEN) for i in range(12)]
-        outputs = in_parallel([lambda x=x: forward(caller, x)[0] for x in inputs])
-        for x, output in zip(inputs, outputs):
+        outputs = in_parallel([functools.partial(forward, caller, x) for x in inputs])
+        for x, (output,) in zip(inputs, outputs):
             torch.testing.assert_close(output, backend.module(x))
 
 

@@ -5,6 +5,7 @@ calls are made by hand, as a hostile or a stock client would.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -32,6 +33,7 @@ from moe.errors import (
 from moe.schema import BatchTensorProto, Compression, TensorProto
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
+from moe.server.task_pool import Task
 from moe.testing import FaultPlan, MemoryServer, MemorySwarm, MemoryTransport, memory_swarm
 from moe.transport.base import BACKWARD, FORWARD, Call, Reply
 from moe.transport.event_loop import client_loop
@@ -119,7 +121,7 @@ BAD_INPUT: dict[str, tuple[str, list[torch.Tensor], RequestHeader | None, str]] 
 
 
 @pytest.fixture
-def swarm():  # noqa: ANN201
+def swarm():
     backend = lora_backend(seeded(LoraExpert), max_batch_size=32)
     with memory_swarm({"lora.0": backend}) as swarm:
         yield swarm
@@ -364,7 +366,7 @@ def test_only_the_caller_of_a_misbehaving_module_is_hurt(magic: int) -> None:
 def test_two_lengths_at_once_are_both_answered(swarm: MemorySwarm) -> None:
     twin = local_twin(swarm.server.backends["lora.0"].module)
     inputs = [x(2, 7), x(2, 9), x(3, 7)]
-    for data, reply in zip(inputs, in_parallel([lambda data=data: send(swarm, FORWARD, [data]) for data in inputs])):
+    for data, reply in zip(inputs, in_parallel([functools.partial(send, swarm, FORWARD, [data]) for data in inputs])):
         torch.testing.assert_close(reply.tensors[0], twin(data), atol=1e-5, rtol=1e-5)
 
 
@@ -390,15 +392,22 @@ def test_a_native_reply_says_which_gradients_it_has_and_how_long_it_took(swarm: 
     assert send(swarm, FORWARD, [data, a, b, mask], unsorted).tensors[0].shape == data.shape
 
 
-def test_a_large_global_is_digested_without_blocking_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+class Scaled(nn.Module):
+    """data times the sum of a global tensor."""
+
+    def forward(self, data: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return data * w.sum()
+
+
+def test_a_large_global_is_digested_without_blocking_the_loop() -> None:
     threads = []
-    backend = ExpertBackend("e.0", nn.Identity(), args_schema=(B(1),), kwargs_schema={"w": TensorProto(None)},
-                            outputs_schema=B(1))  # fmt: skip
-    backend.module.forward = lambda data, w: data * w.sum()  # type: ignore[method-assign, assignment]
-    make = backend.make_task
-    monkeypatch.setattr(
-        backend, "make_task", lambda *args: threads.append(threading.current_thread().name) or make(*args)
-    )
+
+    class Recording(ExpertBackend):
+        def make_task(self, *args: Any) -> Task:
+            threads.append(threading.current_thread().name)
+            return super().make_task(*args)
+
+    backend = Recording("e.0", Scaled(), args_schema=(B(1),), kwargs_schema={"w": TensorProto(None)})
     with memory_swarm({"e.0": backend}) as swarm:
         for values in (10, 2**19):
             reply = send(swarm, FORWARD, [torch.ones(1, 1), torch.ones(values)], NATIVE, "e.0")

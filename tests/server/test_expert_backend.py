@@ -122,7 +122,8 @@ class LeavesTraces(nn.Module):
         self.table = torch.arange(float(len(x) + 5))
         self.count = self.count + 1
         self.register_buffer("cache", torch.ones(len(x)), persistent=False)
-        return self.dropout(self.norm(x))
+        normal: torch.Tensor = self.dropout(self.norm(x))
+        return normal
 
 
 def test_the_dry_run_leaves_no_trace() -> None:
@@ -558,9 +559,9 @@ def test_one_bad_caller_does_not_cost_the_others_their_common_launch_for_ever() 
     backend = lora_backend(module)
     bad = [Caller.make(LoraExpert(), 2, 7, 2).submit(backend) for _ in range(3)]
     drain(backend)
-    for future in (future for pair in bad for future in pair):
+    for refused in (future for pair in bad for future in pair):
         with pytest.raises(ExpertFailed, match="seven"):
-            future.result(0)
+            refused.result(0)
     callers = [Caller.make(module, 2, 3, 2) for _ in range(4)]
     module.launches = 0
     futures = [caller.submit(backend) for caller in callers]
@@ -682,10 +683,10 @@ def test_a_failed_backward_leaves_accumulated_gradients_as_they_were() -> None:
         detect_anomalies=True,
     )  # fmt: skip
     backward(backend, torch.ones(1, 2), torch.ones(1, 2))
-    kept = module.weight.grad.clone()  # type: ignore[union-attr]
+    kept = module.weight.grad.clone()
     with pytest.raises(NonFiniteError):
         backward(backend, torch.full((1, 2), 666.0), torch.ones(1, 2))
-    assert torch.equal(module.weight.grad, kept)  # type: ignore[arg-type]
+    assert torch.equal(module.weight.grad, kept)
     assert backend.updates == 0
 
 
@@ -718,7 +719,7 @@ def test_the_scheduler_steps_with_the_optimizer() -> None:
 
 def test_a_failing_step_is_told_and_leaves_no_gradients_for_the_next_caller() -> None:
     class Failing(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             raise RuntimeError("broken optimizer")
 
     module = nn.Linear(2, 2)

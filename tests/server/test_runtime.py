@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moe.errors import ExpertFailed, LifecycleError, Unavailable
+from moe.server.batching import Rank
 from moe.server.runtime import Runtime
 from moe.server.task_pool import Task, TaskPool, TaskResult
 from moe.testing import FaultPlan, InjectedFault
@@ -301,7 +302,12 @@ def test_an_idle_runtime_sleeps() -> None:
     backend = Backend("pool")
     pool = backend.pools[0]
     look = pool.most_urgent
-    pool.most_urgent = lambda now: looks.append(now) or look(now)  # type: ignore[method-assign, func-returns-value, assignment]
+
+    def counted(now: float) -> Rank | None:
+        looks.append(now)
+        return look(now)
+
+    pool.most_urgent = counted  # type: ignore[method-assign]
     with running(backend):
         submit(pool).result(WAIT_S)
         seen = len(looks)

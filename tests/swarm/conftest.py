@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from moe.dht import DHT, start_dht, stop_dht
-from tests.swarm.tools import LOOPBACK
+from tests.swarm.tools import LOOPBACK, prepare_processes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def other_processes() -> None:
+    """Before the first test, so that no test is said to have left that behind."""
+    prepare_processes()
 
 
 @pytest.fixture(scope="module")

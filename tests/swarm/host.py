@@ -1,33 +1,31 @@
-"""A server in a process of its own, for tests: ``python -m tests.swarm.host '{"experts": [...], ...}'``.
-
-Prints one line of JSON when it serves; stops when it fails or gets a SIGTERM. Exit code 1 if the server failed.
-"""
+"""What tests run in processes of their own: a server, and callers."""
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from moe.config import HandlerConfig, ServerConfig
+from moe.client.expert import get_experts
+from moe.config import ClientConfig, HandlerConfig, ServerConfig
 from moe.dht import start_dht
 from moe.server.checkpoints import load_experts
 from moe.server.server import Server
 from moe.server.task_pool import Task, TaskPool
-from tests.swarm.experts import make_backend
+from tests.swarm.experts import WIDTH, make_backend
 from tests.swarm.tools import LOOPBACK, peers_of
 
 
-def main(spec: dict[str, Any]) -> int:
-    """Serve until told to stop.
+def serve(pipe: Connection, spec: dict[str, Any]) -> None:
+    """A server; says when it serves, and stops on SIGTERM. Exit code 1 if it failed.
 
-    ``experts``: list of arguments of make_backend; ``die_after``: batches after which the Runtime dies; ``checkpoints``:
-    directory; ``handler`` and ``config``: settings.
+    ``peers``: of the swarm to join; ``experts``: list of arguments of make_backend; ``die_after``: batches after which the
+    Runtime dies; ``checkpoints``: directory; ``handler`` and ``config``: settings.
     """
     torch.set_num_threads(1)
     left = spec.get("die_after")
@@ -55,13 +53,22 @@ def main(spec: dict[str, Any]) -> int:
     )
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    sys.stdout.write(json.dumps({"peers": peers_of(dht), "start_s": time.monotonic() - started}) + "\n")
-    sys.stdout.flush()
+    pipe.send({"peers": peers_of(dht), "start_s": time.monotonic() - started})
     while not stop.is_set() and not server.wait(0.1):
         pass
     server.shutdown()
-    return 1 if server.failure is not None else 0
+    sys.exit(1 if server.failure is not None else 0)
 
 
-if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+def call_slowly(pipe: Connection, peers: list[str], transport: str, rows: list[int]) -> None:
+    """Calls of the expert slow.0, a second each and all at once; says when they have begun."""
+    dht = start_dht(peers, **LOOPBACK)
+    (expert,) = get_experts(dht, ["slow.0"], config=ClientConfig(transport=transport))
+    y = expert(torch.zeros(2, WIDTH, requires_grad=True))
+    for count in rows:
+        x = torch.zeros(count, WIDTH)
+        x[0, 0] = 1.0
+        threading.Thread(target=expert, args=(x,), daemon=True).start()
+    threading.Thread(target=y.sum().backward, daemon=True).start()
+    pipe.send("calling")
+    time.sleep(60)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +16,13 @@ from moe.config import ClientConfig
 from moe.dht import DHT, find_experts, start_dht, stop_dht
 from moe.errors import ConnectError, LifecycleError, MoEError, PeerGone, TransportError, Unavailable
 from moe.expert_uid import ExpertInfo
-from moe.server.server import Server
 from moe.server.task_pool import Task, TaskPool
 from tests.swarm.experts import WIDTH, make_backend
+from tests.swarm.host import call_slowly
 from tests.swarm.tools import (
     LOOPBACK,
-    ChildProcess,
-    HostProcess,
-    RawClient,
+    Child,
+    Host,
     peers_of,
     refused,
     report,
@@ -68,26 +65,6 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 # --- the client --------------------------------------------------------------------------------------------------------
 
-CALLER = """
-import sys, threading, time, torch
-from moe.client.expert import RemoteExpert, get_experts
-from moe.config import ClientConfig
-from moe.dht import start_dht
-if __name__ == "__main__":
-    dht = start_dht(sys.argv[2:], host_maddrs=["/ip4/127.0.0.1/tcp/0"])
-    expert, = get_experts(dht, ["slow.0"], config=ClientConfig(transport=sys.argv[1]))
-    for rows in (2, 2, 2**17, 2**17):
-        x = torch.zeros(rows, 8)
-        x[:, 0] = 1.0
-        threading.Thread(target=expert, args=(x,), daemon=True).start()
-    x = torch.zeros(2, 8, requires_grad=True)
-    y = expert(x)
-    threading.Thread(target=y.sum().backward, daemon=True).start()
-    sys.stdout.write("calling\\n")
-    sys.stdout.flush()
-    time.sleep(60)
-"""
-
 
 @ways
 def test_nothing_is_left_of_a_client_that_is_killed(dht: DHT, transport: str) -> None:
@@ -97,11 +74,10 @@ def test_nothing_is_left_of_a_client_that_is_killed(dht: DHT, transport: str) ->
         expert = remote(dht, server.dht.peer_id, config=ClientConfig(transport=transport))
         expert(lasting(0.0))
         before = psutil.Process().num_fds()
-        with ChildProcess("-c", CALLER, transport, *peers_of(server.dht)) as client:
-            assert client.line() == "calling"
-            wait_until(lambda: sum(pool.statistics().pending for pool in pools) >= 2, what="a queue")
-            client.family()
-            client.popen.kill()
+        with Child(call_slowly, peers_of(server.dht), transport, [SMALL, LARGE, SMALL, LARGE]) as client:
+            assert client.receive() == "calling"
+            wait_until(lambda: sum(pool.statistics().pending for pool in pools) >= 3, what="a queue")
+            client.kill()
             killed = time.monotonic()
         wait_until(lambda: all(pool.statistics().pending == 0 for pool in pools), what="withdrawing the calls")
         wait_until(lambda: server.handler.inflight_bytes == 0, what="forgetting the requests")
@@ -122,25 +98,23 @@ def test_a_server_that_is_killed_in_a_call(
     dht: DHT, pool: ThreadPoolExecutor, transport: str, rows: int, whole: bool
 ) -> None:
     """Either all of its processes at once, or the main one alone."""
-    with HostProcess(peers_of(dht), experts=[SLOW]) as host:
+    with Host(peers_of(dht), experts=[SLOW]) as host:
         config = ClientConfig(request_timeout_s=8.0, total_timeout_s=10.0, max_retries=0, transport=transport)
         expert = remote(dht, host.peer_id, config=config)
         expert(lasting(0.0))
         call = pool.submit(expert, lasting(5.0, rows))
         time.sleep(0.5)
-        for process in [host.process, *(host.family() if whole else [])]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        host.kill(alone=not whole)
         with refused((PeerGone, TransportError, ConnectError, Unavailable), within_s=8.5):
             call.result(30)
         with pytest.raises(MoEError):
             expert(lasting(0.0))
-        host.popen.wait(10)
+        assert host.wait(10) == -signal.SIGKILL
         assert host.survivors(10.0) == []
 
 
 def test_the_libp2p_daemon_of_a_server_is_killed(dht: DHT) -> None:
-    with HostProcess(peers_of(dht), experts=[SLOW]) as host:
+    with Host(peers_of(dht), experts=[SLOW]) as host:
         (daemon,) = (process for process in host.family() if process.name().startswith("p2pd"))
         daemon.kill()
         assert host.wait(20) == 1
@@ -148,7 +122,7 @@ def test_the_libp2p_daemon_of_a_server_is_killed(dht: DHT) -> None:
 
 
 def test_the_dht_process_of_a_server_is_killed(dht: DHT) -> None:
-    with HostProcess(peers_of(dht), experts=[SLOW]) as host:
+    with Host(peers_of(dht), experts=[SLOW]) as host:
         (daemon,) = (process for process in host.family() if process.name().startswith("p2pd"))
         node = daemon.parent()
         assert node is not None and node != host.process
@@ -178,7 +152,7 @@ def test_the_libp2p_daemon_of_a_client_is_killed(dht: DHT, pool: ThreadPoolExecu
 
 def test_the_runtime_dies(dht: DHT, pool: ThreadPoolExecutor) -> None:
     config = {"update_period_s": 2.0}
-    with HostProcess(peers_of(dht), experts=[SLOW, LINEAR], die_after=1, config=config) as host:
+    with Host(peers_of(dht), experts=[SLOW, LINEAR], die_after=1, config=config) as host:
         slow = remote(dht, host.peer_id)
         linear = remote(dht, host.peer_id, "linear.0")
         assert find_experts(dht, ["slow.0", "linear.0"])[0] is not None
@@ -218,7 +192,7 @@ def test_the_runtime_dies_with_batches_on_their_way_to_the_device(dht: DHT, pool
 
 
 def test_a_batch_that_never_ends_makes_the_server_unhealthy(dht: DHT, pool: ThreadPoolExecutor) -> None:
-    with HostProcess(peers_of(dht), experts=[SLOW, LINEAR], config={"stuck_after_s": 0.5}) as host:
+    with Host(peers_of(dht), experts=[SLOW, LINEAR], config={"stuck_after_s": 0.5}) as host:
         slow, linear = remote(dht, host.peer_id), remote(dht, host.peer_id, "linear.0")
         stuck = pool.submit(slow, lasting(60.0))
         time.sleep(0.3)
@@ -240,19 +214,16 @@ def test_another_server_of_the_same_expert_goes_on(dht: DHT, transport: str, end
     uid = "twin.1"
     experts = [{"kind": "linear", "uid": uid, "lr": 0.0}]
     config = ClientConfig(request_timeout_s=5.0, total_timeout_s=20.0, transport=transport)
-    with HostProcess(peers_of(dht), experts=experts) as one, HostProcess(peers_of(dht), experts=experts) as two:
+    with Host(peers_of(dht), experts=experts) as one, Host(peers_of(dht), experts=experts) as two:
         (expert,) = get_experts(dht, [uid], config=config)
         assert {peer.to_base58() for peer in expert.caller.peers} == {one.peer_id.to_base58(), two.peer_id.to_base58()}
         x = torch.randn(3, WIDTH, requires_grad=True)
         expected = expert(x)
         first, other = (one, two) if expert.peer_id == one.peer_id else (two, one)
         if ending == "kill":
-            first.popen.kill()
-            for process in first.family():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            first.kill()
         else:
-            first.popen.send_signal(signal.SIGTERM)
+            first.terminate()
         for _ in range(5):
             y = expert(x)
             torch.testing.assert_close(y, expected)

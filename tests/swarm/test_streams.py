@@ -22,7 +22,7 @@ from moe.wire.messages import RequestHeader, encode_header
 from tests.swarm.experts import WIDTH, make_backend
 from tests.swarm.tools import (
     END_OF_STREAM,
-    HostProcess,
+    Host,
     RawClient,
     checked,
     framed,
@@ -41,10 +41,10 @@ LIMITS = {"max_request_bytes": 512 * MIB, "max_inflight_bytes": 1024 * MIB, "rea
 
 
 @pytest.fixture(scope="module")
-def host(dht: DHT) -> Iterator[HostProcess]:
+def host(dht: DHT) -> Iterator[Host]:
     """A server whose memory can be looked at."""
     experts = [{"kind": "mixer", "uid": "mixer.0"}, {"kind": "linear", "uid": "linear.0"}]
-    with HostProcess(peers_of(dht), experts=experts, handler=LIMITS) as host:
+    with Host(peers_of(dht), experts=experts, handler=LIMITS) as host:
         yield host
 
 
@@ -57,7 +57,7 @@ def server(dht: DHT) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def to_host(dht: DHT, host: HostProcess) -> Iterator[RawClient]:
+def to_host(dht: DHT, host: Host) -> Iterator[RawClient]:
     raw = RawClient(dht, host.peer_id)
     yield raw
     raw.close()
@@ -105,7 +105,7 @@ async def pour(writer: asyncio.StreamWriter, part: bytes, count: int) -> int:
 
 
 @contextlib.contextmanager
-def memory_flat(host: HostProcess, by_less_than: int) -> Iterator[None]:
+def memory_flat(host: Host, by_less_than: int) -> Iterator[None]:
     before = host.rss_bytes()
     yield
     after = host.rss_bytes()
@@ -113,7 +113,7 @@ def memory_flat(host: HostProcess, by_less_than: int) -> Iterator[None]:
     assert after - before < by_less_than
 
 
-def test_ten_gigabytes_are_refused_at_the_first_part(host: HostProcess, to_host: RawClient) -> None:
+def test_ten_gigabytes_are_refused_at_the_first_part(host: Host, to_host: RawClient) -> None:
     part = next_part(bytes(4 * MIB))
 
     async def attack() -> None:
@@ -133,7 +133,7 @@ def test_ten_gigabytes_are_refused_at_the_first_part(host: HostProcess, to_host:
         to_host.run(attack())
 
 
-def test_more_than_was_declared_is_refused_where_it_begins(host: HostProcess, to_host: RawClient) -> None:
+def test_more_than_was_declared_is_refused_where_it_begins(host: Host, to_host: RawClient) -> None:
     async def attack() -> None:
         async with to_host.open_stream(FORWARD) as (reader, writer):
             writer.write(first_part(MIB // (4 * WIDTH), bytes(MIB)))  # all that there is
@@ -149,7 +149,7 @@ def test_more_than_was_declared_is_refused_where_it_begins(host: HostProcess, to
         to_host.run(attack())
 
 
-def test_what_is_declared_and_never_sent_takes_no_memory(host: HostProcess, to_host: RawClient) -> None:
+def test_what_is_declared_and_never_sent_takes_no_memory(host: Host, to_host: RawClient) -> None:
     """Two requests of 400 MiB may be in flight, not a third; none of them has sent more than a few bytes."""
 
     async def attack() -> None:
@@ -171,7 +171,7 @@ def test_what_is_declared_and_never_sent_takes_no_memory(host: HostProcess, to_h
 
 
 @pytest.mark.parametrize("length", [2**24 + 1, 2**40, 2**63, 2**64 - 1])
-def test_messages_of_unbelievable_length(host: HostProcess, to_host: RawClient, length: int) -> None:
+def test_messages_of_unbelievable_length(host: Host, to_host: RawClient, length: int) -> None:
     async def attack() -> None:
         async with to_host.open_stream(FORWARD) as (reader, writer):
             writer.write(b"\x00" + length.to_bytes(8, "big"))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
-import subprocess
+import multiprocessing
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from pathlib import Path
+from multiprocessing import forkserver
 from typing import Any, TypeVar
 
 import psutil
@@ -30,8 +28,8 @@ from moe.wire.hivemind_dialect import RPC_BACKWARD, RPC_FORWARD, STREAM_SUFFIX, 
 from moe.wire.messages import RequestHeader, decode_reply_header
 
 T = TypeVar("T")
+ChildT = TypeVar("ChildT", bound="Child")
 
-ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
 HANDLES = {FORWARD: RPC_FORWARD, BACKWARD: RPC_BACKWARD}
 ANSWER_WITHIN_S = 5.0  # what is asked of bad input is 2 s; machines that run tests may be busy
@@ -227,107 +225,73 @@ class Gate:
 
 # --- other processes -----------------------------------------------------------------------------------------------
 
+_starter = multiprocessing.get_context("forkserver")  # a process that has imported all there is to import, and forks
+_starter.set_forkserver_preload(["tests.swarm.host"])
 
-class ChildProcess:
-    """A Python process and, when it is over, everything that it started.
 
-    :param arguments: of the Python interpreter
+def prepare_processes() -> None:
+    """Let the process that starts others begin with its imports."""
+    forkserver.ensure_running()
+
+
+class Child:
+    """A function in a new process. At the end, that process and all that it has started are killed.
+
+    :param target: a function on module level; its first argument is a pipe to here
+    :param args: further arguments
     """
 
-    def __init__(self, *arguments: str, **environment: str):
-        self.popen = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=None,
-            text=True,
-            start_new_session=True,
-        )
-        self.process = psutil.Process(self.popen.pid)
+    def __init__(self, target: Callable[..., object], *args: Any):
+        self._pipe, theirs = _starter.Pipe()
+        self._process = _starter.Process(target=target, args=(theirs, *args))
+        self._process.start()
+        theirs.close()
+        assert self._process.pid is not None
+        self.process = psutil.Process(self._process.pid)
         self._family: list[psutil.Process] = []
 
-    def __enter__(self) -> ChildProcess:
+    def __enter__(self: ChildT) -> ChildT:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.family()
-        self.popen.kill()
-        self.popen.wait(10)
-        assert self.popen.stdout is not None
-        self.popen.stdout.close()
-        for process in self._family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self.kill()
+        self._process.join(10)
+        self._process.close()
+        self._pipe.close()
         psutil.wait_procs(self._family, 5)
 
-    def line(self, timeout_s: float = 60.0) -> str:
-        """The next line it prints; fails if it ends instead."""
-        assert self.popen.stdout is not None
-        timer = _Killer(self.popen, timeout_s)
-        with timer:
-            line = self.popen.stdout.readline()
-        assert line, f"the process ended with code {self.popen.wait(10)}{timer}"
-        return line.rstrip("\n")
+    def receive(self, timeout_s: float = 60.0) -> Any:
+        """The next thing it sends; fails if it ends instead."""
+        assert self._pipe.poll(timeout_s), f"the process said nothing for {timeout_s} s"
+        return self._pipe.recv()
 
     def family(self) -> list[psutil.Process]:
-        """All processes it has started so far, as far as they are still related to it."""
+        """All processes it has started so far, and those that these have."""
         with contextlib.suppress(psutil.NoSuchProcess):
             known = {process.pid for process in self._family}
             self._family += [child for child in self.process.children(recursive=True) if child.pid not in known]
         return self._family
 
-    def wait(self, timeout_s: float) -> int:
-        """Its exit code."""
-        return self.popen.wait(timeout_s)
+    def kill(self, *, alone: bool = False) -> None:
+        """SIGKILL it and its family, or only it."""
+        for process in [*([] if alone else self.family()), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.family()
+        self._process.terminate()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Its exit code; None if it still runs."""
+        self._process.join(timeout_s)
+        return self._process.exitcode
 
     def survivors(self, timeout_s: float = 3.0) -> list[psutil.Process]:
         """Those of its family that still run some time after its end."""
         left = psutil.wait_procs(self._family, timeout_s)[1]
         return [process for process in left if process.status() != psutil.STATUS_ZOMBIE]  # init has to reap those
-
-
-class _Killer:
-    """Ends a process that says nothing for too long."""
-
-    def __init__(self, popen: subprocess.Popen[str], timeout_s: float):
-        self._popen, self._timeout_s, self._fired = popen, timeout_s, False
-        self._timer = threading.Timer(timeout_s, self._fire)
-
-    def _fire(self) -> None:
-        self._fired = True
-        self._popen.kill()
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self._timer.cancel()
-        self._timer.join()
-
-    def __str__(self) -> str:
-        return f": it said nothing for {self._timeout_s} s" if self._fired else ""
-
-
-class HostProcess(ChildProcess):
-    """A server in a process of its own: see tests/swarm/host.py.
-
-    :param spec: its settings
-    :param peers: of the swarm to join
-    """
-
-    def __init__(self, peers: Sequence[str] = (), **spec: Any):
-        super().__init__("-m", "tests.swarm.host", json.dumps({"peers": list(peers), **spec}))
-        try:
-            ready = json.loads(self.line())
-        except BaseException:
-            self.__exit__()
-            raise
-        self.peers: list[str] = ready["peers"]
-        self.peer_id = PeerID.from_base58(self.peers[0].rsplit("/", 1)[1])
-        self.start_s: float = ready["start_s"]
-        self.family()
 
     def rss_bytes(self) -> int:
         """Memory of all its processes together."""
@@ -337,5 +301,24 @@ class HostProcess(ChildProcess):
         """Open descriptors of all its processes together."""
         return sum(process.num_fds() for process in [self.process, *self.family()])
 
-    def __enter__(self) -> HostProcess:
-        return self
+
+class Host(Child):
+    """A server in a process of its own.
+
+    :param peers: of the swarm to join
+    :param spec: see tests/swarm/host.py
+    """
+
+    def __init__(self, peers: Sequence[str] = (), **spec: Any):
+        from tests.swarm.host import serve
+
+        super().__init__(serve, {"peers": list(peers), **spec})
+        try:
+            ready = self.receive()
+        except BaseException:
+            self.__exit__()
+            raise
+        self.peers: list[str] = ready["peers"]
+        self.peer_id = PeerID.from_base58(self.peers[0].rsplit("/", 1)[1])
+        self.start_s: float = ready["start_s"]
+        self.family()

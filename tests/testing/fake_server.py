@@ -28,12 +28,8 @@ sys.stderr.write(f"started with peers {options.initial_peers} and COLOR={os.envi
 if options.fail:
     sys.stderr.write("cannot start: the moon is in the wrong house\n")
     sys.exit(5)
-children = [
-    subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], process_group=0)
-    if sys.version_info >= (3, 11)
-    else subprocess.Popen([sys.executable, "-S", "-c", "import os, time; os.setpgid(0, 0); time.sleep(600)"])
-    for _ in range(options.children)
-]
+OWN_GROUP = "import os, time; os.setpgid(0, 0); time.sleep(600)"
+children = [subprocess.Popen([sys.executable, "-S", "-c", OWN_GROUP]) for _ in range(options.children)]
 
 
 def stop(number: int, frame: object) -> None:

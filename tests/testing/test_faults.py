@@ -97,7 +97,7 @@ def test_rules_may_hold_for_several_calls_some_experts_or_peers() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"at": 0}, {"times": 0}])
-def test_calls_are_counted_from_one(wrong: dict[str, int]) -> None:
+def test_calls_are_counted_from_one(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="counted from 1"):
         FaultPlan().on(FORWARD, **wrong)
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from moe.errors import CallTimeout, DeadlineExceeded, TooFewExperts
-from moe.transport import base
-from moe.transport.base import FORWARD, Budget, Call, within
 from moe.testing import FakeClock
+from moe.transport.base import FORWARD, Budget, Call, within
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -60,7 +59,7 @@ def test_a_foreign_timeout_error_without_a_limit_stays_what_it_is() -> None:
 
 def test_a_budget_is_shared_by_several_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
-    monkeypatch.setattr(base.time, "monotonic", clock)
+    monkeypatch.setattr("moe.transport.base.time.monotonic", clock)
     budget = Budget(10.0)
     assert budget.left_s() == 10.0
     assert budget.left_s(3.0) == 3.0

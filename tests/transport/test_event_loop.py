@@ -19,7 +19,7 @@ WAIT_S = 20.0
 
 
 @pytest.fixture
-def thread():  # noqa: ANN201
+def thread():
     thread = EventLoopThread("test-loop")
     yield thread
     thread.stop()

@@ -191,7 +191,8 @@ def stock_info(**changes: Any) -> bytes:
         "outputs_schema": descriptor,
         "keyword_names": ("mask",),
     }
-    return MSGPackSerializer.dumps({**info, **changes})
+    data: bytes = MSGPackSerializer.dumps({**info, **changes})
+    return data
 
 
 def test_what_a_stock_server_says_is_understood() -> None:
