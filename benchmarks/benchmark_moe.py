@@ -62,7 +62,7 @@ def measure(
             if case == "bursty":
                 bursts = []
                 for _ in range(BURSTS):
-                    time.sleep(PAUSE_S)
+                    time.sleep(min(PAUSE_S, seconds))
                     answers = steps(subject, clients, {"calls": 1})
                     bursts.append(max(a["end"] for a in answers) - min(a["start"] for a in answers))
                 values[case] = 1e3 * statistics.median(bursts)

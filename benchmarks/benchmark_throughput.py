@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--transport", choices=("auto", "unix", "tls", "libp2p"), help="of this project; default auto")
     parser.add_argument("--scale", type=float, default=1.0, help="less than 1: fewer experts, clients and calls")
     parser.add_argument("--rows", type=int, help="of a call, in place of the preset's")
-    options = parse(parser, argv, {"preset": ["criteria_nop_8"], "scale": 0.25, "rows": 64})
+    smoke = {"preset": ["criteria_nop_8"], "scale": 0.25, "rows": 64, "systems": [OURS, STOCK]}
+    options = parse(parser, argv, smoke)
     record = Record("throughput", options.smoke)
     for name in options.preset:
         preset = PRESETS[name].shrunk(options.scale)

@@ -45,7 +45,8 @@ class LoraExpert(nn.Module):
             y = y + x @ lora_a @ lora_b
         if mask is not None:
             y = y * mask[..., None]
-        return self.norm(x + torch.tanh(y))
+        normal: torch.Tensor = self.norm(x + torch.tanh(y))
+        return normal
 
 
 class UnstackableExpert(LoraExpert):
@@ -126,9 +127,7 @@ def assert_same(
             assert other is None, f"{name} has a gradient"
         else:
             assert other is not None, f"{name} has no gradient"
-            torch.testing.assert_close(
-                other, gradient, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(other, gradient, atol=tolerance, rtol=tolerance)
 
 
 def in_parallel(calls: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -240,7 +240,7 @@ def build_server_parser() -> Parser:
     )
     add("--device", type=device_name, help="in torch notation (default: cuda if there is one, else cpu)")
     add("--torch_threads", type=positive_int, help="threads torch may compute with (default: torch's own choice)")
-    add("--num_handlers", type=positive_int, help="how many connection handlers take requests")
+    add("--num_handlers", type=positive_int, help="accepted for hivemind's sake: one network thread takes all requests")
     add(
         "--request_timeout",
         type=positive_float,

@@ -159,25 +159,28 @@ def _wait(dht: DHT, stage: str, future: Any, deadline: float) -> Any:
 def _check_alive(dht: DHT, stage: str) -> None:
     if dht._parent_pid != os.getpid():
         return  # only its parent can tell
-    _children.add(dht)
-    for child in tuple(_children):
-        if not child.is_alive():
-            _bury(child)
+    _watch(dht)
     if not dht.is_alive():
         raise LifecycleError(f"DHT: {stage}: its process is not running (exit code {dht.exitcode})")
 
 
-_children: weakref.WeakSet[DHT] = weakref.WeakSet()  # of this process, still living as far as known
+_watched: weakref.WeakSet[DHT] = weakref.WeakSet()  # alive when last looked at
+_watching = threading.Lock()
 
 
-def _bury(dht: DHT) -> None:
-    """hivemind's processes send results under one lock. One that was killed while it had the lock keeps it, and all DHTs
-    of this process wait for it for ever; so after a violent death, whoever has had the lock for long has it no more.
+def _watch(dht: DHT) -> None:
+    """Notice which DHTs have died a violent death, and repair what that breaks.
+
+    hivemind's processes send their results under one lock. One that is killed while it holds the lock leaves all others
+    of this process waiting for ever. So after such a death, whoever has had the lock for long is taken to be the dead.
     """
-    _children.discard(dht)
-    if dht.exitcode:
+    with _watching:
+        _watched.add(dht)
+        dead = [child for child in _watched if child._parent_pid == os.getpid() and not child.is_alive()]
+        _watched.difference_update(dead)
+    if any(child.exitcode for child in dead):
         MPFuture._update_lock.acquire(timeout=_LOCK_PATIENCE_S)
-        with contextlib.suppress(ValueError):  # it was released meanwhile
+        with contextlib.suppress(ValueError):  # it has been released meanwhile
             MPFuture._update_lock.release()
 
 
@@ -201,7 +204,7 @@ def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.
             raise ConfigError(f"initial_peers: {str(address)!r} is not an address like /ip4/.../p2p/...: {e}") from None
     deadline = time.monotonic() + start_timeout_s
     dht = DHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
-    _children.add(dht)
+    _watch(dht)
     dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
     try:
         _wait(dht, "starting", dht._ready, deadline)
@@ -254,8 +257,7 @@ def _kill(dht: DHT) -> None:
     if dht.is_alive():
         dht.kill()
         dht.join()
-    if dht in _children:
-        _bury(dht)
+    _watch(dht)
     for pipe in (dht._outer_pipe, dht._inner_pipe):
         with contextlib.suppress(OSError):
             pipe.close()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 110.0
 
 SYSTEMS = {
-    "throughput": {"moe", "hivemind", "bare"},
+    "throughput": {"moe", "hivemind"},
     "latency": {"moe"},
     "moe": {"moe", "hivemind"},
     "kwargs": {"moe"},

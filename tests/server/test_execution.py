@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class Compute:
         return [[task.tensors[0] * task.tensors[1]] for task in tasks]
 
 
-def join(task: Task, parts: list[TaskResult]) -> TaskResult:  # type: ignore[type-arg, unused-ignore]
+def join(task: Task, parts: Sequence[TaskResult]) -> TaskResult:
     return [torch.cat([part[0] for part in parts if part[0] is not None])]
 
 

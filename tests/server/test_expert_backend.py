@@ -120,7 +120,7 @@ class LeavesTraces(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.table = torch.arange(float(len(x) + 5))
-        self.count = self.count + 1
+        self.count = torch.ones(())
         self.register_buffer("cache", torch.ones(len(x)), persistent=False)
         normal: torch.Tensor = self.dropout(self.norm(x))
         return normal

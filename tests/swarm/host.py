@@ -61,13 +61,13 @@ def serve(pipe: Connection, spec: dict[str, Any]) -> None:
 
 
 def call_slowly(pipe: Connection, peers: list[str], transport: str, rows: list[int]) -> None:
-    """Calls of the expert slow.0, a second each and all at once; says when they have begun."""
+    """Calls of the expert slow.0, three seconds each and all at once; says when they have begun."""
     dht = start_dht(peers, **LOOPBACK)
     (expert,) = get_experts(dht, ["slow.0"], config=ClientConfig(transport=transport))
     y = expert(torch.zeros(2, WIDTH, requires_grad=True))
     for count in rows:
         x = torch.zeros(count, WIDTH)
-        x[0, 0] = 1.0
+        x[0, 0] = 3.0
         threading.Thread(target=expert, args=(x,), daemon=True).start()
     threading.Thread(target=y.sum().backward, daemon=True).start()
     pipe.send("calling")

@@ -76,7 +76,7 @@ def test_nothing_is_left_of_a_client_that_is_killed(dht: DHT, transport: str) ->
         before = psutil.Process().num_fds()
         with Child(call_slowly, peers_of(server.dht), transport, [SMALL, LARGE, SMALL, LARGE]) as client:
             assert client.receive() == "calling"
-            wait_until(lambda: sum(pool.statistics().pending for pool in pools) >= 3, what="a queue")
+            wait_until(lambda: sum(pool.statistics().pending for pool in pools) >= 2, what="a queue")
             client.kill()
             killed = time.monotonic()
         wait_until(lambda: all(pool.statistics().pending == 0 for pool in pools), what="withdrawing the calls")

@@ -258,7 +258,7 @@ class Child:
         self._process.join(10)
         self._process.close()
         self._pipe.close()
-        psutil.wait_procs(self._family, 5)
+        self.survivors()
 
     def receive(self, timeout_s: float = 60.0) -> Any:
         """The next thing it sends; fails if it ends instead."""
@@ -289,9 +289,13 @@ class Child:
         return self._process.exitcode
 
     def survivors(self, timeout_s: float = 3.0) -> list[psutil.Process]:
-        """Those of its family that still run some time after its end."""
-        left = psutil.wait_procs(self._family, timeout_s)[1]
-        return [process for process in left if process.status() != psutil.STATUS_ZOMBIE]  # init has to reap those
+        """Those of its family that still run some time after its end. (The dead that init has not reaped do not.)"""
+        deadline = time.monotonic() + timeout_s
+        while left := [process for process in self._family if _runs(process)]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return left
 
     def rss_bytes(self) -> int:
         """Memory of all its processes together."""
@@ -300,6 +304,13 @@ class Child:
     def descriptors(self) -> int:
         """Open descriptors of all its processes together."""
         return sum(process.num_fds() for process in [self.process, *self.family()])
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Host(Child):

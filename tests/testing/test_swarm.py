@@ -127,27 +127,32 @@ def test_it_is_started_once_at_a_time() -> None:
         swarm.restart(0)
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "sys.exit(1)"])
-def test_nothing_is_left_however_the_test_process_ends(end: str) -> None:
+def test_nothing_is_left_however_the_test_process_ends() -> None:
     program = f"""
         import os, sys
         from moe.testing.swarm import LocalSwarm
         swarm = LocalSwarm(["--children", "1"], command={FAKE!r}, stop_timeout_s=5.0)
         swarm.start()
-        print(swarm._servers[0].session, swarm.directory, flush=True)
-        {end}
+        print(os.path.basename(swarm.directory), swarm.processes(0)[0], flush=True)
+        sys.stdin.readline()
+        sys.exit(4)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    session = int(done.stdout.split()[0])
-    wait_until(lambda: session_members(session) == [])
-    assert done.returncode != 0
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as killed,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as leaving,
+    ):
+        sessions = []
+        for test in (killed, leaving):
+            assert test.stdout is not None
+            sessions.append(os.getsid(int(test.stdout.readline().split()[1])))
+        assert [len(session_members(session)) for session in sessions] == [2, 2]
+        killed.kill()
+        leaving.communicate("\n", timeout=WAIT_S)
+        assert leaving.returncode == 4
+        for session in sessions:
+            wait_until(lambda session=session: session_members(session) == [])  # type: ignore[misc]
 
 
 def test_a_session_is_killed_with_what_is_born_meanwhile() -> None:
