@@ -421,14 +421,12 @@ def parse(
 ) -> argparse.Namespace:
     """The options; with ``--smoke``, two short rounds and what ``smoke`` says, not written to the results.
 
-    :param smoke: options of a smoke run that were not given explicitly
+    :param smoke: defaults of a smoke run
     """
-    defaults = {action.dest: action.default for action in parser._actions}
     options = parser.parse_args(argv)
     if options.smoke:
-        for name, value in {"rounds": 2, "seconds": 0.1, **(smoke or {})}.items():
-            if getattr(options, name) == defaults[name]:
-                setattr(options, name, value)
+        parser.set_defaults(**{"rounds": 2, "seconds": 0.1, **(smoke or {})})
+        options = parser.parse_args(argv)
     if options.out is None:
         options.out = Path(tempfile.gettempdir(), "moe-benchmarks-smoke") if options.smoke else RESULTS
     return options

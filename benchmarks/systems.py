@@ -168,9 +168,9 @@ class Moe:
 
     def find(self, node: Any, uids: Sequence[str]) -> int:
         """See System."""
-        from moe.dht import find_experts
+        from moe import get_experts
 
-        return sum(found is not None for found in find_experts(node, uids))
+        return sum(found is not None for found in get_experts(node, list(uids)))
 
     def searcher(self, node: Any, prefix: str, grid: Sequence[int]) -> Any:
         """See System."""

@@ -58,10 +58,10 @@ class UnstackableExpert(LoraExpert):
         return super().forward(x, *args, **kwargs)
 
 
-def lora_backend(module: nn.Module, optimizer: Any = None, **options: Any) -> ExpertBackend:
+def lora_backend(module: nn.Module, optimizer: Any = None, *, name: str = "lora.0", **options: Any) -> ExpertBackend:
     """A backend of LoraExpert's schema: x of any length; mask and adapter optional."""
     return ExpertBackend(
-        "lora.0",
+        name,
         module,
         optimizer,
         args_schema=(BatchTensorProto(None, HIDDEN),),

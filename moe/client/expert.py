@@ -5,6 +5,7 @@ Thin: requests, retries and checks are ``ExpertCaller``'s. Must not know: gating
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from moe.client.calls import ExpertCaller, Gradients
-from moe.config import ClientConfig
+from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
 from moe.errors import SchemaError
 from moe.expert_uid import ExpertInfo, PeerIDLike
@@ -28,7 +29,8 @@ from moe.wire.messages import ExpertDescription
 
 SEARCH_TIMEOUT_S = 300.0  # of a search by a client that sets itself no limit: nothing is found later than that
 
-_transports: weakref.WeakKeyDictionary[Any, dict[str, ExpertTransport]] = weakref.WeakKeyDictionary()
+_transports: weakref.WeakKeyDictionary[Any, dict[str, AutoTransport]] = weakref.WeakKeyDictionary()
+_making_transports = threading.Lock()
 
 
 def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> ExpertTransport:
@@ -41,11 +43,14 @@ def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> Ex
     """
     if hasattr(source, "call") and hasattr(source, "info"):
         return cast(ExpertTransport, source)
-    known = _transports.setdefault(source, {})
-    if mode not in known:
-        maddr = source.daemon_listen_maddr if hasattr(source, "daemon_listen_maddr") else resolve_p2p(source, timeout_s)
-        known[mode] = AutoTransport(LibP2PTransport(str(maddr)), mode)
-        weakref.finalize(source, _close_soon, known[mode]).atexit = False
+    with _making_transports:
+        known = _transports.get(source)
+        if known is None:
+            own = getattr(source, "daemon_listen_maddr", None)
+            libp2p = LibP2PTransport(str(own or resolve_p2p(source, timeout_s)))  # one connection for all modes
+            known = _transports[source] = {name: AutoTransport(libp2p, name) for name in TRANSPORTS}
+            for transport in known.values():
+                weakref.finalize(source, _close_soon, transport).atexit = False
     return known[mode]
 
 

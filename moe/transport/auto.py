@@ -54,17 +54,17 @@ class AutoTransport:
     def __init__(self, fallback: TicketTransport, mode: str = "auto"):
         assert mode in TRANSPORTS
         self.mode = mode
-        self._fallback = fallback
+        self.fallback = fallback
         self._links: dict[str, DirectClient] = {}
         self._dialing: dict[str, asyncio.Lock] = {}
         self._not_before: dict[str, float] = {}
 
     def __repr__(self) -> str:
-        return f"AutoTransport({self.mode}, {len(self._links)} direct links, else {self._fallback!r})"
+        return f"AutoTransport({self.mode}, {len(self._links)} direct links, else {self.fallback!r})"
 
     async def info(self, peer: PeerIDLike, uid: str, *, timeout_s: float | None) -> ExpertDescription:
         """See ExpertTransport."""
-        return await self._fallback.info(peer, uid, timeout_s=timeout_s)
+        return await self.fallback.info(peer, uid, timeout_s=timeout_s)
 
     async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
         """See ExpertTransport."""
@@ -76,13 +76,13 @@ class AutoTransport:
             left_s = None if timeout_s is None else timeout_s - (asyncio.get_running_loop().time() - begin)
             return await link.call(call, left_s)
         left_s = None if timeout_s is None else timeout_s - (asyncio.get_running_loop().time() - begin)
-        return await self._fallback.call(peer, call, timeout_s=left_s)
+        return await self.fallback.call(peer, call, timeout_s=left_s)
 
     async def close(self) -> None:
         """Close all links, and libp2p."""
         for link in list(self._links.values()):
             link.close()
-        await self._fallback.close()
+        await self.fallback.close()
 
     async def _connect(self, peer: PeerIDLike, timeout_s: float | None) -> DirectClient | None:
         """A link to the peer; None if there can be none for now."""
@@ -95,7 +95,7 @@ class AutoTransport:
                 return None
             patience_s = DIAL_TIMEOUT_S if timeout_s is None else min(DIAL_TIMEOUT_S, timeout_s / 2)
             try:
-                ticket = await self._fallback.ticket(peer, timeout_s=patience_s)
+                ticket = await self.fallback.ticket(peer, timeout_s=patience_s)
                 only = self.mode if strict else None
                 dialing = loop.run_in_executor(None, dial, ticket, only)
                 try:

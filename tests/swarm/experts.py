@@ -123,22 +123,33 @@ class Slow(nn.Module):
         return x * self.weight
 
 
+class Wide(nn.Module):
+    """A mebibyte of output for each row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> (B, 2**18)"""
+        return x[:, :1].expand(-1, 2**18)
+
+
 def make_backend(kind: str, uid: str, lr: float | None = None, **options: Any) -> ExpertBackend:
     """An expert of this file with the same weights in every process.
 
-    :param lr: of SGD; None: no optimizer
+    :param lr: learning rate; None: no optimizer
+    :param options: ``width``, ``optimizer`` ("sgd", "adam"), and those of ExpertBackend
     """
     torch.manual_seed(0)
-    width = options.pop("width", WIDTH)
+    width, optimizer_name = options.pop("width", WIDTH), options.pop("optimizer", "sgd")
     makers: dict[str, Any] = {
         "mixer": lambda: (Mixer(), MIXER_SCHEMA),
         "attention": lambda: (AdaptedAttention(width), adapted_attention_schema(width)),
         "scripted": lambda: (Scripted(), {"args_schema": (BatchTensorProto(width),)}),
+        "wide": lambda: (Wide(), {"args_schema": (BatchTensorProto(width),), "outputs_schema": BatchTensorProto(None)}),
         "slow": lambda: (Slow(), {"args_schema": (BatchTensorProto(width),)}),
         "linear": lambda: (nn.Linear(width, width), {"args_schema": (BatchTensorProto(width),)}),
     }
     module, schema = makers[kind]()
     if kind in ("scripted", "slow"):
         schema = {**schema, "outputs_schema": BatchTensorProto(width)}
-    optimizer = None if lr is None else torch.optim.SGD(module.parameters(), lr=lr)
+    optimizer_class = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer_name]
+    optimizer = None if lr is None else optimizer_class(module.parameters(), lr=lr)
     return ExpertBackend(uid, module, optimizer, **schema, **options)

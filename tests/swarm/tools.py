@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from moe.client.expert import transport_of
 from moe.dht import DHT, PeerID, peers_line, resolve_p2p, start_dht
-from moe.errors import MoEError
+from moe.errors import ExpertNotFound, MoEError
 from moe.server.expert_backend import ExpertBackend
 from moe.server.server import Server
 from moe.server.task_pool import Task, TaskPool
@@ -47,6 +48,10 @@ def serving(dht: DHT, *backends: ExpertBackend, **options: Any) -> Iterator[Serv
     server = Server(own_dht, {backend.name: backend for backend in backends}, **options)
     try:
         server.run_in_background()
+        for mode in ("auto", "libp2p"):  # connected now, not in the middle of a test that counts descriptors
+            with contextlib.suppress(ExpertNotFound):
+                call = Call(FORWARD, "nobody", RequestHeader(), [], [])
+                client_loop().run(transport_of(dht, mode).call(own_dht.peer_id, call, timeout_s=30))
         yield server
     finally:
         server.shutdown()
