@@ -37,7 +37,7 @@ def measure(
 ) -> list[Case]:
     """Rows per second by number of adapters; the ratios are to one adapter."""
     loads = {
-        f"{count} adapters, {what}": {
+        f"{_adapters(count)}, {what}": {
             "uids": ["expert.0"],
             "shape": [ROWS, hidden_dim],
             "adapters": count,
@@ -47,7 +47,7 @@ def measure(
         for what in passes
         for count in adapters
     }
-    baselines = {name: f"1 adapters, {name.partition(', ')[2]}" for name in loads}
+    baselines = {name: f"{_adapters(1)}, {name.partition(', ')[2]}" for name in loads}
     return _measure("adapted_ffn", hidden_dim, loads, baselines, systems, rounds, seconds, callers)
 
 
@@ -59,6 +59,10 @@ def measure_lengths(systems: Sequence[str], rounds: int, seconds: float, *, call
     }
     baselines = dict.fromkeys(loads, "one length, forward")
     return _measure("adapted_sequence", SEQUENCE_HIDDEN, loads, baselines, systems, rounds, seconds, callers)
+
+
+def _adapters(count: int) -> str:
+    return "1 adapter" if count == 1 else f"{count} adapters"
 
 
 def _measure(

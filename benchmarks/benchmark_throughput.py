@@ -5,7 +5,7 @@ this project's criteria, on this project, stock hivemind and the bare module.
     python -m benchmarks.benchmark_throughput --preset criteria_nop_8 --transport tls
 
 The bare module computes the rows of all clients in one batch, in one process that does nothing else. A preset of hivemind's
-makes the number of calls that hivemind's makes; one of the criteria calls for --seconds.
+makes as many calls as hivemind's does, unless that takes longer than --longest; one of the criteria calls for --seconds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 from benchmarks.common import BARE, OURS, STOCK, Case, Record, interleave, make_parser, parse
 from benchmarks.peers import START_TIMEOUT_S, Subject, bare, running, served_each
 
-STALL_S = 60.0  # no call takes longer, whatever else is going on
+STALL_S = 60.0  # for deadlines only: what a call may take on top of its rows and those of all other clients
 SLOWEST_ROWS_PER_S = 200.0  # for deadlines only: stock hivemind training ffn on one core makes 400
+LONGEST_S = 120.0  # a round of a preset with a number of calls
 BARE_ROWS = 2048  # the largest batch the bare module is given, unless one call is larger
 
 
@@ -115,8 +116,14 @@ PRESETS = {
 }
 
 
-def measure(name: str, preset: Preset, systems: Sequence[str], rounds: int, seconds: float) -> Case:
-    """Rows per second of one preset."""
+def measure(
+    name: str, preset: Preset, systems: Sequence[str], rounds: int, seconds: float, longest_s: float = LONGEST_S
+) -> Case:
+    """Rows per second of one preset.
+
+    :param seconds: of a round; with a number of calls, of the bare module only
+    :param longest_s: a round with a number of calls ends after these, even if not all are made
+    """
     batch = min(preset.rows * preset.clients, max(preset.rows, BARE_ROWS))
     subjects = served_each(
         systems,
@@ -127,9 +134,8 @@ def measure(name: str, preset: Preset, systems: Sequence[str], rounds: int, seco
     )
     if BARE in systems:
         subjects.append(bare(expert_cls=preset.expert_cls, hidden_dim=preset.hidden_dim, optimizer=preset.optimizer))
-    limit = {"seconds": seconds} if preset.calls is None else {"calls": preset.calls}
-    calls = preset.calls or 2
-    timeout_s = STALL_S + seconds + preset.clients * calls * preset.rows / SLOWEST_ROWS_PER_S
+    limit = {"calls": preset.calls, "seconds": seconds if preset.calls is None else longest_s}
+    timeout_s = STALL_S + max(seconds, longest_s) + preset.clients * preset.rows / SLOWEST_ROWS_PER_S
 
     def run(subject: Subject) -> Mapping[str, float]:
         if subject.name == BARE:
@@ -147,7 +153,7 @@ def measure(name: str, preset: Preset, systems: Sequence[str], rounds: int, seco
         metric=f"rows/s, {'forward + backward' if preset.backward else 'forward'}",
         higher_is_better=True,
         rounds=found.of("rows/s"),
-        settings={**asdict(preset), "server": preset.server, "bare_rows": batch, "seconds": seconds},
+        settings={**asdict(preset), "server": preset.server, "bare_rows": batch, "limit": limit},
         panel="throughput",
         notes=found.notes,
     )
@@ -166,6 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["default"], help="workloads")
     parser.add_argument("--transport", choices=("auto", "unix", "tls", "libp2p"), help="of this project; default auto")
     parser.add_argument("--scale", type=float, default=1.0, help="less than 1: fewer experts, clients and calls")
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=LONGEST_S,
+        help="seconds after which a round with a number of calls ends anyway",
+    )
     parser.add_argument("--rows", type=int, help="of a call, in place of the preset's")
     smoke = {"preset": ["criteria_nop_8"], "scale": 0.25, "rows": 64, "systems": [OURS, STOCK]}
     options = parse(parser, argv, smoke)
@@ -175,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         preset = replace(preset, rows=options.rows or preset.rows, transport=options.transport or preset.transport)
         label = name if options.transport is None else f"{name}, {options.transport}"
         print(f"{label}: {preset}", file=sys.stderr)
-        record.cases.append(measure(label, preset, options.systems, options.rounds, options.seconds))
+        record.cases.append(measure(label, preset, options.systems, options.rounds, options.seconds, options.longest))
     record.publish(options.out)
 
 

@@ -235,13 +235,15 @@ class Record:
     """One run of one benchmark. Make it before measuring: it notes how busy the machine is.
 
     :ivar benchmark: which question it answers
-    :ivar cases: what was measured
     :ivar smoke: True: settings so small that the numbers mean nothing
+    :ivar cases: what was measured
+    :ivar more: further keys of the record
     """
 
     benchmark: str
     smoke: bool = False
     cases: list[Case] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     machine: dict[str, Any] = field(default_factory=machine)
 
@@ -255,16 +257,24 @@ class Record:
             "arguments": sys.argv[1:],
             "machine": self.machine,
             "versions": versions(),
+            **self.more,
             "cases": [case.to_plain() for case in self.cases],
         }
 
-    def publish(self, directory: Path) -> None:
-        """Print the table; write ``<benchmark>.json`` and ``<benchmark>.png``."""
+    def publish(self, directory: Path, chart: Callable[[Record], Any] | None = None) -> None:
+        """Print the table; write ``<benchmark>.json`` and ``<benchmark>.png``.
+
+        :param chart: makes a figure; default: all cases
+        """
         print(table(self.cases))
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.benchmark}.json"
         path.write_text(json.dumps(self.to_plain(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draw(self, path.with_suffix(".png"))
+        figure = (chart or draw)(self)
+        where = f"{self.machine['cpu']}, {self.machine['cores']} cores, {self.date[:10]}"
+        figure.suptitle(f"{self.benchmark}{' (smoke run: means nothing)' if self.smoke else ''}\n{where}", fontsize=10)
+        figure.savefig(path.with_suffix(".png"), dpi=110)
+        pyplot().close(figure)
         print(f"written: {path} and {path.with_suffix('.png').name}")
 
 
@@ -299,22 +309,30 @@ def number(value: float) -> str:
 # --- the chart -------------------------------------------------------------------------------------------------------
 
 
-def draw(record: Record, path: Path) -> None:
+def draw(record: Record) -> Any:
     """One panel per group of cases: lines where they have an x, bars with their spread where not."""
-    plt = pyplot()
     panels: dict[str, list[Case]] = {}
     for case in record.cases:
         panels.setdefault(case.panel or case.metric, []).append(case)
-    heights = [3.2 if cases[0].x is not None else 1.0 + 0.55 * len(cases) for cases in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, sum(heights) + 0.8), squeeze=False, gridspec_kw={"height_ratios": heights}
+    heights = [3.0 if cases[0].x is not None else 1.0 + 0.55 * len(cases) for cases in panels.values()]
+    across = 2 if len(panels) > 1 and len(set(heights)) == 1 and heights[0] == 3.0 else 1
+    heights = heights[::across]
+    figure, axes = pyplot().subplots(
+        len(heights),
+        across,
+        figsize=(5 * across + 4 / across, sum(heights) + 0.8),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
     )
-    for axis, (panel, cases) in zip(axes[:, 0], panels.items()):
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (panel, cases) in zip(axes.flat, panels.items()):
         (_draw_bars if cases[0].x is None else _draw_lines)(axis, cases)
         axis.set_title(panel, fontsize=10, loc="left")
         axis.grid(True, alpha=0.3)
         axis.legend(fontsize=8)
-    save(figure, record, path)
+    return figure
 
 
 def pyplot() -> Any:
@@ -325,15 +343,6 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     return plt
-
-
-def save(figure: Any, record: Record, path: Path) -> None:
-    """Write a figure, with what was measured, where and when, in its heading."""
-    where = f"{record.machine['cpu']}, {record.machine['cores']} cores, {record.date[:10]}"
-    figure.suptitle(f"{record.benchmark}{' (smoke run: means nothing)' if record.smoke else ''}\n{where}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
 
 
 def _systems(cases: Iterable[Case]) -> list[str]:
@@ -373,7 +382,9 @@ def _draw_lines(axis: Any, cases: Sequence[Case]) -> None:
         (line,) = axis.plot(xs, medians, marker="o", markersize=4, label=system, color=color)
         lows, highs = [min(values) for _, values in shown], [max(values) for _, values in shown]
         axis.fill_between(xs, lows, highs, alpha=0.2, color=line.get_color(), linewidth=0)
-    axis.set_xscale("symlog", base=2, linthresh=1)
+    places = sorted({case.x for case in cases if case.x is not None})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(places, [number(place) for place in places], minor=False)
     axis.set_xlabel(cases[0].x_label, fontsize=8)
     axis.set_ylabel(_label(cases[0]), fontsize=8)
     axis.tick_params(labelsize=8)
@@ -403,14 +414,15 @@ def make_parser(
     :param doc: of the benchmark's file
     :param rounds: default number of rounds
     :param seconds: default length of a round on one system
-    :param systems: what can be measured
+    :param systems: what can be measured, if there is a choice
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="alternating rounds (default %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=seconds, help="length of a round on one system (default %(default)s)"
     )
-    parser.add_argument("--systems", nargs="+", choices=systems, default=list(systems), help="what to measure")
+    if len(systems) > 1:
+        parser.add_argument("--systems", nargs="+", choices=systems, default=list(systems), help="what to measure")
     parser.add_argument("--out", type=Path, help="where to write the record and the chart (default benchmarks/results)")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs; numbers mean nothing")
     return parser

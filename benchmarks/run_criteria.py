@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from benchmarks import benchmark_footprint, benchmark_kwargs, benchmark_latency, benchmark_moe, benchmark_throughput
 from benchmarks.benchmark_throughput import PRESETS
@@ -28,7 +28,6 @@ from benchmarks.common import (
     number,
     parse,
     pyplot,
-    save,
     summary,
 )
 
@@ -100,7 +99,7 @@ def _adapters_smoke(rounds: int, seconds: float) -> list[Case]:
 BOTH = (OURS, STOCK)
 ONE_ROW, FOOTPRINT = "median of one row", "64 experts: "
 ADAPTERS = Group(
-    _adapters, [Criterion("16 adapters at once against one", "16 adapters, forward", f"{OURS} to 1 adapters", 0.7)]
+    _adapters, [Criterion("16 adapters at once against one", "16 adapters, forward", f"{OURS} to 1 adapter", 0.7)]
 )
 GROUPS = (
     _throughput("criteria_nop_8", BOTH, ("nop 2048x1024, 8 clients", TO_STOCK, 10)),
@@ -146,6 +145,18 @@ class Verdict:
             return "NOT MEASURED"
         return "ok" if self.criterion.met(self.measured) else "NOT MET"
 
+    def to_plain(self) -> dict[str, Any]:
+        """For the record."""
+        criterion = self.criterion
+        return {
+            "name": criterion.name,
+            "case": criterion.case,
+            "ratio": criterion.ratio,
+            "at_least" if criterion.at_least else "at_most": criterion.wanted,
+            "measured": self.measured,
+            "verdict": self.word,
+        }
+
 
 def run(groups: Sequence[Group], rounds: int, seconds: float, record: Record) -> list[Verdict]:
     """Measure all groups; cases go into the record as they come."""
@@ -176,11 +187,10 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(columns(rows))
 
 
-def draw_verdicts(record: Record, verdicts: Sequence[Verdict], path: Path) -> None:
+def draw(verdicts: Sequence[Verdict]) -> Any:
     """One bar for each criterion: how many times over it is met. Left of the line means: not met."""
-    plt = pyplot()
     shown = [(v.criterion, v.measured) for v in verdicts if v.measured]
-    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.4 * len(shown)))
+    figure, axis = pyplot().subplots(figsize=(9, 1.6 + 0.4 * len(shown)), layout="constrained")
     for place, (criterion, measured) in enumerate(shown):
         times = criterion.times_wanted(measured)
         axis.barh(place, times, 0.6, color="#1a7f37" if times >= 1 else "#cf222e")
@@ -190,14 +200,15 @@ def draw_verdicts(record: Record, verdicts: Sequence[Verdict], path: Path) -> No
     axis.set_yticks(range(len(shown)), [criterion.name for criterion, _ in shown], fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: number(value))
     axis.margins(x=0.35)
     axis.set_xlabel("measured over wanted; right of the line: better than wanted", fontsize=8)
-    save(figure, record, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write, and say by the exit code whether all is well."""
-    parser = make_parser(__doc__, systems=(OURS, STOCK, BARE))
+    parser = make_parser(__doc__, systems=())
     parser.add_argument("--only", nargs="+", help="criteria whose name contains one of these")
     options = parse(parser, argv)
     record = Record("criteria", options.smoke)
@@ -205,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.only:
         groups = [g for g in groups if any(part in c.name for c in g.criteria for part in options.only)]
     verdicts = run(groups, options.rounds, options.seconds, record)
-    record.publish(options.out)
-    draw_verdicts(record, verdicts, options.out / "criteria.png")
+    record.more["criteria"] = [verdict.to_plain() for verdict in verdicts]
+    record.publish(options.out, lambda _: draw(verdicts))
     print(f"\n{verdict_table(verdicts)}")
     sys.exit(0 if options.smoke or all(verdict.word == "ok" for verdict in verdicts) else 1)
 

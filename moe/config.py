@@ -105,7 +105,6 @@ class HandlerConfig:
     :param once_max_replies: finished backward replies kept to answer repeats
     :param once_max_bytes: of those replies together
     :param once_window_s: how long a repeated backward is recognized
-    :param detect_anomalies: refuse non-finite inputs and gradients, never step on a non-finite gradient
     """
 
     max_request_bytes: int = 2**30
@@ -115,11 +114,9 @@ class HandlerConfig:
     once_max_replies: int = 4096
     once_max_bytes: int = 2**28
     once_window_s: float = 600.0
-    detect_anomalies: bool = False
 
     def __post_init__(self) -> None:
-        names = [field.name for field in fields(self) if field.name != "detect_anomalies"]
-        check_positive(self, *names, allow_none=False)
+        check_positive(self, *(field.name for field in fields(self)), allow_none=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -714,21 +714,29 @@ def test_what_cannot_start_says_why_and_leaves_nothing():
     eventually(lambda: children() <= before)
 
 
-def test_a_dht_ends_with_a_killed_parent():
-    code = """
-        import time
-        from moe.dht import start_dht
-        dht = start_dht()
-        print(dht.pid, flush=True)
-        time.sleep(600)
-    """
-    program = "\n".join(line.strip() for line in code.splitlines())
+@pytest.mark.parametrize("moment", ["while it starts", "later"])
+def test_a_dht_ends_with_a_killed_parent(moment):
+    program = """
+import os, sys, time
+import moe.dht.process
+wait = moe.dht.process._wait
+def tell_and_wait(dht, *args):
+    print(dht.pid, flush=True)
+    return wait(dht, *args)
+moe.dht.process._wait = tell_and_wait
+dht = moe.dht.process.start_dht()
+print("started", flush=True)
+time.sleep(600)
+"""
     root = str(Path(__file__).resolve().parents[1])
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=root) as parent:
         assert parent.stdout is not None
         node = psutil.Process(int(parent.stdout.readline()))
-        family = [node, *node.children(recursive=True)]
-        assert len(family) == 2
+        if moment == "later":
+            while parent.stdout.readline() != b"started\n":
+                pass
+            assert len(node.children()) == 1
+        family = [node, *node.children()]
         parent.kill()
     eventually(lambda: not any(map(is_running, family)))
 

@@ -153,7 +153,12 @@ def _wait(dht: DHT, stage: str, future: Any, deadline: float) -> Any:
                 raise  # it is the result
             if left <= 0:
                 raise CallTimeout(f"DHT: {stage}: no answer in time") from None
+        try:
             _check_alive(dht, stage)
+        except LifecycleError:
+            with contextlib.suppress(concurrent.futures.TimeoutError):  # perhaps it has answered before it ended
+                return future.result(timeout=_POLL_S)
+            raise
 
 
 def _check_alive(dht: DHT, stage: str) -> None:
@@ -187,6 +192,23 @@ def _watch(dht: DHT) -> None:
 # --- starting and stopping it ----------------------------------------------------------------------------------------
 
 
+class _BoundDHT(DHT):  # type: ignore[misc]
+    """hivemind's DHT, but its process ends when the one that started it is gone."""
+
+    def run(self) -> None:
+        """The process."""
+        threading.Thread(target=self._end_with_parent, name="moe.dht.end_with_parent", daemon=True).start()
+        super().run()
+
+    def _end_with_parent(self) -> None:
+        while os.getppid() == self._parent_pid:
+            time.sleep(1.0)
+        with contextlib.suppress(Exception):  # there may be no node yet, or a stuck one
+            loop = self._node.p2p._reader_task.get_loop()
+            asyncio.run_coroutine_threadsafe(self._node.shutdown(), loop).result(timeout=3.0)
+        os._exit(1)
+
+
 def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.0, **kwargs: Any) -> DHT:
     """Start a DHT node in its own process, which ends together with this one. Call it before threads and CUDA start.
 
@@ -203,13 +225,13 @@ def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.
         except Exception as e:
             raise ConfigError(f"initial_peers: {str(address)!r} is not an address like /ip4/.../p2p/...: {e}") from None
     deadline = time.monotonic() + start_timeout_s
-    dht = DHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
+    dht = _BoundDHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
     _watch(dht)
     dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
     try:
         _wait(dht, "starting", dht._ready, deadline)
         left = max(0.1, deadline - time.monotonic())
-        dht._peer_id = call(dht, "starting", _end_with_parent, os.getpid(), timeout_s=left)
+        dht._peer_id = call(dht, "starting", _peer_id, timeout_s=left)
     except BaseException as e:
         _kill(dht)
         if isinstance(e, CallTimeout):
@@ -218,21 +240,6 @@ def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.
             raise LifecycleError(f"the DHT could not start: {e}") from e
         raise
     return dht
-
-
-async def _end_with_parent(node: DHTNode, parent_pid: int) -> PeerID:
-    """End this process when the one that started it is gone."""
-    loop = asyncio.get_running_loop()
-
-    def watch() -> None:
-        while os.getppid() == parent_pid:
-            time.sleep(1.0)
-        with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(node.shutdown(), loop).result(timeout=3.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="moe.dht.end_with_parent", daemon=True).start()
-    return node.peer_id
 
 
 def stop_dht(dht: DHT, timeout_s: float = 5.0) -> None:
@@ -292,12 +299,12 @@ def visible_peer(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> PeerInfo:
     :raises CallTimeout: if this takes too long
     :raises LifecycleError: if the DHT is not running
     """
-    peer_id = call(dht, "asking for its peer id", _peer_id_text, timeout_s=timeout_s)
-    return PeerInfo(PeerID.from_base58(peer_id), [Multiaddr(text) for text in visible_addresses(dht, timeout_s)])
+    peer_id = call(dht, "asking for its peer id", _peer_id, timeout_s=timeout_s)
+    return PeerInfo(peer_id, [Multiaddr(text) for text in visible_addresses(dht, timeout_s)])
 
 
-async def _peer_id_text(node: DHTNode) -> str:
-    return str(node.peer_id.to_base58())
+async def _peer_id(node: DHTNode) -> PeerID:
+    return node.peer_id
 
 
 def peers_line(dht: DHT, timeout_s: float = DEFAULT_TIMEOUT_S) -> str:

@@ -124,7 +124,6 @@ def assemble(
     handler_config = replace_known(
         handler_config or HandlerConfig(),
         request_timeout_s=request_timeout_s,
-        detect_anomalies=detect_anomalies or None,
     )
     server_config = replace_known(
         config or ServerConfig(),

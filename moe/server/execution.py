@@ -16,7 +16,7 @@ import torch
 
 from moe.errors import ExpertFailed, MoEError
 from moe.schema import select_rows
-from moe.server.task_pool import Task, TaskResult
+from moe.server.task_pool import DeviceLost, Task, TaskResult
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def run_isolated(
         return list(results)
     except BaseException as e:  # a module may raise anything, SystemExit included
         error = e
+    if is_device_lost(error):
+        raise DeviceLost(str(error)[:MAX_ERROR_CHARS]) from error
     if is_out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(tasks) > 1:
@@ -88,6 +90,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for the ways torch says that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """True for errors after which every further use of the device fails as well (device-side asserts, lost devices)."""
+    return isinstance(error, DeviceLost) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
     )
 
 

@@ -29,6 +29,10 @@ TaskResult = list[torch.Tensor | None]
 _numbers = itertools.count()  # next() of it is atomic
 
 
+class DeviceLost(Exception):
+    """The accelerator is in a state from which only a new process recovers (a sticky CUDA error)."""
+
+
 @dataclass(eq=False)
 class Task:
     """One caller's request on its way through a pool.
@@ -240,6 +244,10 @@ class TaskPool:
         try:
             outcomes = self.process_func(batch) if batch else ()
             assert len(outcomes) == len(batch), f"{self.name}: {len(outcomes)} outcomes of {len(batch)} tasks"
+        except DeviceLost as e:  # no batch can succeed any more: answer these callers, and let the Runtime end
+            for task in batch:
+                self._resolve(task, Unavailable(f"the device of this server has failed: {e}"[:500]))
+            raise
         except BaseException as e:  # not even SystemExit of somebody's module may leave a caller without an answer
             logger.exception("%s: a batch failed as a whole", self.name)
             outcomes = [ExpertFailed(f"the batch failed: {type(e).__name__}")] * len(batch)

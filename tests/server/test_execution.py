@@ -12,7 +12,7 @@ import torch
 from moe.errors import ExpertFailed, NonFiniteError
 from moe.schema import BatchTensorProto, Entry, TensorProto
 from moe.server.execution import MAX_ERROR_CHARS, as_expert_failure, is_out_of_memory, run_isolated
-from moe.server.task_pool import Task, TaskResult
+from moe.server.task_pool import DeviceLost, Task, TaskResult
 
 ENTRIES = (Entry("args[0]", BatchTensorProto()), Entry("kwargs['scale']", TensorProto()))
 
@@ -188,3 +188,16 @@ def test_a_half_that_succeeds_has_no_effect_if_the_other_fails() -> None:
     assert str(outcomes[0]) == "ValueError: bad row"
     assert not isinstance(outcomes[1], BaseException)
     assert effects == [1.0, 1.0]
+
+
+def test_a_lost_device_is_not_retried_and_ends_the_runtime() -> None:
+    calls = 0
+
+    def compute(tasks: list[Task]) -> list[TaskResult]:
+        nonlocal calls
+        calls += 1
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(DeviceLost, match="device-side"):
+        run_isolated([task(1), task(2)], compute)
+    assert calls == 1

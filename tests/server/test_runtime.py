@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from moe.errors import ExpertFailed, LifecycleError, Unavailable
+from moe.schema import BatchTensorProto
 from moe.server.batching import Rank
+from moe.server.expert_backend import ExpertBackend
 from moe.server.runtime import Runtime
-from moe.server.task_pool import Task, TaskPool, TaskResult
+from moe.server.task_pool import DeviceLost, Task, TaskPool, TaskResult
 from moe.testing import FaultPlan, InjectedFault
 
 WAIT_S = 20.0  # generous: the machine may be busy
@@ -314,3 +316,23 @@ def test_an_idle_runtime_sleeps() -> None:
         time.sleep(0.2)
         assert len(looks) - seen <= 2
     assert pool.next_event(0.0) == math.inf
+
+
+def test_a_lost_device_ends_the_runtime_and_nobody_waits() -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    proto = BatchTensorProto(2)
+    backend = ExpertBackend("broken.0", Broken(), args_schema=(proto,), outputs_schema=proto)
+    runtime = Runtime({"broken.0": backend})
+    futures = [backend.submit_forward(torch.zeros(1, 2)) for _ in range(3)]
+    runtime.start()
+    for future in futures:
+        with pytest.raises(Unavailable):
+            future.result(10)
+    wait_until = time.monotonic() + 10
+    while runtime.is_alive() and time.monotonic() < wait_until:
+        time.sleep(0.01)
+    assert isinstance(runtime.failure, DeviceLost)
+    runtime.shutdown()

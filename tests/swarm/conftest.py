@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from moe.dht import DHT, start_dht, stop_dht
-from tests.swarm.tools import LOOPBACK, prepare_processes
+from tests.swarm.tools import LOOPBACK, connect, prepare_processes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,5 +20,6 @@ def other_processes() -> None:
 def dht() -> Iterator[DHT]:
     """The clients' node: a new swarm for each file of tests. Servers join it."""
     dht = start_dht(**LOOPBACK)
+    connect(dht)
     yield dht
     stop_dht(dht)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,6 +78,46 @@ def adapted_attention_schema(width: int) -> dict[str, Any]:
     }
 
 
+ATTENTION_WIDTH = 16
+
+
+def random_inputs(
+    seed: int, *, rows: int | None = None, length: int | None = None, rank: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Somebody's own inputs of an AdaptedAttention of ATTENTION_WIDTH, of sizes that depend on who it is."""
+    rows, length, rank = rows or 1 + seed % 4, length or 2 + seed % 3, rank or 1 + seed % 5
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, length, generator=generator) < 0.6
+    mask[:, 0] = True  # somebody to look at
+    return {
+        "x": torch.randn(rows, length, ATTENTION_WIDTH, generator=generator),
+        "mask": mask,
+        "lora_a": torch.randn(ATTENTION_WIDTH, rank, generator=generator),
+        "lora_b": torch.randn(rank, ATTENTION_WIDTH, generator=generator),
+    }
+
+
+def run_attention(expert: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, and gradients of all inputs that have one."""
+    own = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in inputs.items()}
+    y = expert(own["x"], mask=own["mask"], lora_a=own["lora_a"], lora_b=own["lora_b"])
+    weights = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+    (y * weights).sum().backward()
+    assert own["mask"].grad is None
+    grads = [own[name].grad for name in ("x", "lora_a", "lora_b")]
+    return [y.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def compare_with_local(expert: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> float:
+    """The largest difference, over outputs and gradients, between an expert and the same module here.
+
+    Relative to 1 + the value. The module has the weights that make_backend gives it.
+    """
+    local = make_backend("attention", "local.0", width=ATTENTION_WIDTH).module
+    pairs = zip(run_attention(expert, inputs), run_attention(local, inputs), strict=True)
+    return max(((got - wanted).abs() / (1 + wanted.abs())).max().item() for got, wanted in pairs)
+
+
 class Unpicklable(Exception):
     """An exception that cannot leave its process."""
 
@@ -137,6 +178,14 @@ def make_backend(kind: str, uid: str, lr: float | None = None, **options: Any) -
     :param lr: learning rate; None: no optimizer
     :param options: ``width``, ``optimizer`` ("sgd", "adam"), and those of ExpertBackend
     """
+    with _seeding:
+        return _make_backend(kind, uid, lr, **options)
+
+
+_seeding = threading.Lock()
+
+
+def _make_backend(kind: str, uid: str, lr: float | None, **options: Any) -> ExpertBackend:
     torch.manual_seed(0)
     width, optimizer_name = options.pop("width", WIDTH), options.pop("optimizer", "sgd")
     makers: dict[str, Any] = {

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 
 from moe.client.expert import get_experts
 from moe.config import ClientConfig, HandlerConfig, ServerConfig
-from moe.dht import start_dht
+from moe.dht import start_dht, stop_dht
 from moe.server.checkpoints import load_experts
 from moe.server.server import Server
 from moe.server.task_pool import Task, TaskPool
-from tests.swarm.experts import WIDTH, make_backend
+from tests.swarm.experts import WIDTH, compare_with_local, make_backend, random_inputs
 from tests.swarm.tools import LOOPBACK, peers_of
 
 
@@ -58,6 +59,18 @@ def serve(pipe: Connection, spec: dict[str, Any]) -> None:
         pass
     server.shutdown()
     sys.exit(1 if server.failure is not None else 0)
+
+
+def compare(pipe: Connection, peers: list[str], transport: str, seeds: list[int]) -> None:
+    """Clients in threads, each with its own seed; sends the largest difference from what it computes itself."""
+    torch.set_num_threads(1)
+    dht = start_dht(peers, **LOOPBACK)
+    (expert,) = get_experts(dht, ["attention.0"], config=ClientConfig(transport=transport))
+    with ThreadPoolExecutor(len(seeds)) as threads:
+        pipe.send("ready")
+        pipe.recv()
+        pipe.send(max(threads.map(lambda seed: compare_with_local(expert, random_inputs(seed)), seeds)))
+    stop_dht(dht)
 
 
 def call_slowly(pipe: Connection, peers: list[str], transport: str, rows: list[int]) -> None:

@@ -23,6 +23,7 @@ from tests.swarm.tools import (
     LOOPBACK,
     Child,
     Host,
+    connect,
     peers_of,
     refused,
     report,
@@ -53,6 +54,7 @@ def remote(dht: DHT, peer_id: object, uid: str = "slow.0", config: ClientConfig 
 def dht() -> Iterator[DHT]:
     """A new swarm for each test: in the old one there are too many dead."""
     dht = start_dht(**LOOPBACK)
+    connect(dht)
     yield dht
     stop_dht(dht)
 

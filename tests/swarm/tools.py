@@ -41,6 +41,12 @@ def peers_of(dht: DHT) -> list[str]:
     return peers_line(dht).split()[1:]
 
 
+def connect(dht: DHT) -> None:
+    """Open the connection that all clients of a DHT share: now, not in the middle of a test that counts descriptors."""
+    transport: Any = transport_of(dht)
+    client_loop().run(transport.fallback._connected(), 30)
+
+
 @contextlib.contextmanager
 def serving(dht: DHT, *backends: ExpertBackend, **options: Any) -> Iterator[Server]:
     """A server in this process, in the swarm of ``dht``; it has a DHT process and a libp2p daemon of its own."""
@@ -48,10 +54,9 @@ def serving(dht: DHT, *backends: ExpertBackend, **options: Any) -> Iterator[Serv
     server = Server(own_dht, {backend.name: backend for backend in backends}, **options)
     try:
         server.run_in_background()
-        for mode in ("auto", "libp2p"):  # connected now, not in the middle of a test that counts descriptors
-            with contextlib.suppress(ExpertNotFound):
-                call = Call(FORWARD, "nobody", RequestHeader(), [], [])
-                client_loop().run(transport_of(dht, mode).call(own_dht.peer_id, call, timeout_s=30))
+        with contextlib.suppress(ExpertNotFound):  # for the threads of a direct link
+            call = Call(FORWARD, "nobody", RequestHeader(), [], [])
+            client_loop().run(transport_of(dht).call(own_dht.peer_id, call, timeout_s=30))
         yield server
     finally:
         server.shutdown()
@@ -269,6 +274,10 @@ class Child:
         """The next thing it sends; fails if it ends instead."""
         assert self._pipe.poll(timeout_s), f"the process said nothing for {timeout_s} s"
         return self._pipe.recv()
+
+    def send(self, message: Any) -> None:
+        """Tell it something."""
+        self._pipe.send(message)
 
     def family(self) -> list[psutil.Process]:
         """All processes it has started so far, and those that these have."""

@@ -1,0 +1,150 @@
+"""Many callers at once, each with its own adapter, sequence length and mask: nobody sees anything of the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from moe.client.expert import RemoteExpert, get_experts
+from moe.config import ClientConfig
+from moe.dht import DHT
+from moe.server.server import Server
+from moe.transport.base import FORWARD
+from tests.swarm.experts import ATTENTION_WIDTH, WIDTH, compare_with_local, make_backend, random_inputs, run_attention
+from tests.swarm.host import compare
+from tests.swarm.tools import Child, Gate, RawClient, peers_of, report, serving, wait_until
+
+CLIENTS = 12
+TOLERANCE = 1e-5
+ways = pytest.mark.parametrize("transport", ["auto", "libp2p"])
+
+
+@pytest.fixture(scope="module")
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture(scope="module")
+def server(dht: DHT, gate: Gate) -> Iterator[Server]:
+    backends = make_backend("attention", "attention.0", width=ATTENTION_WIDTH), make_backend("linear", "blocker.0")
+    with serving(dht, *backends, on_batch=gate) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def raw(dht: DHT, server: Server) -> Iterator[RawClient]:
+    raw = RawClient(dht, server.dht.peer_id)
+    yield raw
+    raw.close()
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        yield threads
+
+
+def find(dht: DHT, transport: str) -> RemoteExpert:
+    (expert,) = get_experts(dht, ["attention.0"], config=ClientConfig(transport=transport))
+    assert isinstance(expert, RemoteExpert)
+    return expert
+
+
+@ways
+def test_everyone_gets_what_the_module_gives_locally(
+    dht: DHT, server: Server, threads: ThreadPoolExecutor, transport: str
+) -> None:
+    before = server.statistics().total
+    start = threading.Barrier(CLIENTS)
+
+    def client(number: int) -> float:
+        expert = find(dht, transport)
+        start.wait(30)
+        return max(compare_with_local(expert, random_inputs(CLIENTS * turn + number)) for turn in range(5))
+
+    errors = list(threads.map(client, range(CLIENTS)))
+    after = server.statistics().total
+    report(f"largest difference {max(errors):.1e}; {after.batches - before.batches} batches of {10 * CLIENTS} tasks")
+    assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize("forward_only", [True, False], ids=["forward", "backward"])
+def test_rank_equals_rows_equals_length_in_one_batch(
+    dht: DHT, server: Server, raw: RawClient, threads: ThreadPoolExecutor, gate: Gate, forward_only: bool
+) -> None:
+    """Nothing but the schema can tell what is batched here, and all twelve calls run as one."""
+    expert = find(dht, "libp2p")
+    inputs = [random_inputs(seed, rows=4, length=4, rank=4) for seed in range(CLIENTS)]
+    expert.describe()
+    backend = server.expert_backends["attention.0"]
+    pool = backend.forward_pool if forward_only else backend.backward_pool
+
+    def forward(number: int) -> float:
+        values = dict(inputs[number])
+        with torch.no_grad():
+            difference = expert(values.pop("x"), **values) - run_attention(backend.module, inputs[number])[0]
+        return difference.abs().max().item()
+
+    outputs = None if forward_only else [expert_call(expert, one) for one in inputs]
+
+    def backward(number: int) -> float:
+        assert outputs is not None
+        y, own = outputs[number]
+        y.sum().backward()
+        local, local_own = expert_call(backend.module, inputs[number])
+        local.sum().backward()
+        names = ("x", "lora_a", "lora_b")
+        return max((own[name].grad - local_own[name].grad).abs().max().item() for name in names)
+
+    gate.batches.clear()
+    with gate.closed(lambda: raw.submit(raw.call(FORWARD, "blocker.0", [torch.ones(1, WIDTH)]))):
+        calls = [threads.submit(forward if forward_only else backward, number) for number in range(CLIENTS)]
+        wait_until(lambda: pool.statistics().pending == CLIENTS, what="gathering")
+    errors = [call.result(60) for call in calls]
+    assert (pool.name, CLIENTS) in gate.batches
+    assert max(errors) < TOLERANCE
+
+
+def expert_call(
+    expert: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    own = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in inputs.items()}
+    return expert(own["x"], mask=own["mask"], lora_a=own["lora_a"], lora_b=own["lora_b"]), own
+
+
+def test_identical_adapters_of_two_callers_get_their_own_gradients(
+    dht: DHT, server: Server, raw: RawClient, threads: ThreadPoolExecutor, gate: Gate
+) -> None:
+    """The bytes are the same, so forwards share them; the gradients are not."""
+    expert = find(dht, "libp2p")
+    first, second = random_inputs(1, rows=2, length=3, rank=4), random_inputs(2, rows=2, length=3, rank=4)
+    second.update(lora_a=first["lora_a"].clone(), lora_b=first["lora_b"].clone())
+    expert.describe()
+    pool = server.expert_backends["attention.0"].forward_pool
+    gate.batches.clear()
+    with gate.closed(lambda: raw.submit(raw.call(FORWARD, "blocker.0", [torch.ones(1, WIDTH)]))):
+        calls = [threads.submit(compare_with_local, expert, inputs) for inputs in (first, second)]
+        wait_until(lambda: pool.statistics().pending == 2, what="gathering")
+    assert max(call.result(60) for call in calls) < TOLERANCE
+    assert (pool.name, 2) in gate.batches
+
+
+def test_clients_in_processes_of_their_own(dht: DHT, server: Server) -> None:
+    peers = peers_of(server.dht)
+    with (
+        Child(compare, peers, "auto", list(range(100, 106))) as one,
+        Child(compare, peers, "libp2p", list(range(200, 206))) as two,
+    ):
+        for child in (one, two):
+            assert child.receive() == "ready"
+        for child in (one, two):
+            child.send("go")
+        errors = [child.receive() for child in (one, two)]
+        assert max(errors) < TOLERANCE
+        for child in (one, two):
+            assert child.wait(15) == 0
+            assert child.survivors() == []
