@@ -200,10 +200,17 @@ def draw(verdicts: Sequence[Verdict]) -> Any:
     axis.set_yticks(range(len(shown)), [criterion.name for criterion, _ in shown], fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("log")
+    axis.set_xticks([10.0**power * digit for power in range(-3, 4) for digit in (1, 2, 5)], minor=False)
     axis.xaxis.set_major_formatter(lambda value, _: number(value))
-    axis.margins(x=0.35)
+    axis.tick_params(axis="x", which="minor", labelbottom=False)
+    axis.set_xlim(*_limits([criterion.times_wanted(measured) for criterion, measured in shown]))
     axis.set_xlabel("measured over wanted; right of the line: better than wanted", fontsize=8)
     return figure
+
+
+def _limits(times: Sequence[float]) -> tuple[float, float]:
+    """Of an axis with room for words at the right of the longest bar."""
+    return 0.5 * min([1.0, *times]), 4.0 * max([1.0, *times])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

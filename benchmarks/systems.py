@@ -5,7 +5,6 @@ Used inside the processes of ``benchmarks.worker``, each of which imports one of
 
 from __future__ import annotations
 
-import functools
 import importlib
 import time
 from collections.abc import Callable, Sequence
@@ -89,7 +88,7 @@ class Moe:
         for name in ("benchmarks.experts", "moe.client.moe", "moe.server.server"):  # now, not when it is timed
             importlib.import_module(name)
         self._server: Any = None
-        self._connect: Callable[[str], Any] | None = None
+        self._experts: dict[str, Any] = {}
 
     def serve(self, *, num_handlers: int, optimizer: str, **options: Any) -> Address:
         """See System."""
@@ -111,26 +110,23 @@ class Moe:
         """See System."""
         from hivemind.p2p import P2P, PeerID
 
-        from moe import ClientConfig, RemoteExpert
+        from moe import ClientConfig
         from moe.client.expert import transport_of
-        from moe.expert_uid import ExpertInfo
         from moe.transport.event_loop import client_loop
 
-        p2p = client_loop().run(P2P.create(initial_peers=address["maddrs"]))
-        peer_id = PeerID.from_base58(address["peer_id"])
-        config = ClientConfig(transport=transport)
-        self.traced = Traced(transport_of(p2p, transport))
-
-        def connect(uid: str) -> RemoteExpert:
-            return RemoteExpert(ExpertInfo(uid, peer_id), self.traced, config=config)
-
-        self._connect = functools.lru_cache(maxsize=None)(connect)
-        self._p2p = p2p  # its daemon ends with it
+        self._p2p = client_loop().run(P2P.create(initial_peers=address["maddrs"]))  # its daemon ends with it
+        self._peer_id = PeerID.from_base58(address["peer_id"])
+        self._config = ClientConfig(transport=transport)
+        self.traced = Traced(transport_of(self._p2p, transport))
 
     def expert(self, uid: str) -> Callable[..., Any]:
         """See System."""
-        assert self._connect is not None
-        expert: Callable[..., Any] = self._connect(uid)
+        from moe import RemoteExpert
+        from moe.expert_uid import ExpertInfo
+
+        if uid not in self._experts:
+            self._experts[uid] = RemoteExpert(ExpertInfo(uid, self._peer_id), self.traced, config=self._config)
+        expert: Callable[..., Any] = self._experts[uid]
         return expert
 
     def join(self, maddrs: Sequence[str]) -> Any:

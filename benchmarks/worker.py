@@ -113,13 +113,9 @@ def timed_loop(step: Callable[[int], object], limit: Limit) -> dict[str, Any]:
 
 
 class Server:
-    """A server; has nothing to be asked."""
+    """A server; has nothing to be asked. Torch chooses the number of its threads, as in a user's server."""
 
-    def __init__(self, system: System, *, threads: int | None = None, **options: Any):
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+    def __init__(self, system: System, **options: Any):
         self.started = system.serve(**options)
 
 
@@ -304,7 +300,6 @@ class Bare:
     :param hidden_dim: of the expert
     :param optimizer: "adam" or "none"
     :param device: where it computes
-    :param threads: of torch; default: its own choice, as in a server
     """
 
     def __init__(
@@ -315,7 +310,6 @@ class Bare:
         hidden_dim: int,
         optimizer: str = "none",
         device: str = "cpu",
-        threads: int | None = None,
     ):
         import torch
 
@@ -323,8 +317,6 @@ class Bare:
         from benchmarks.systems import optimizer_class
         from moe.server.layers import build_expert
 
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._device = torch.device(device)
         self._module = build_expert(expert_cls, hidden_dim).to(self._device)
         make = optimizer_class(optimizer)

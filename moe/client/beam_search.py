@@ -91,7 +91,8 @@ class GridSearch:
     found; after a look at the most promising prefixes few are. Of equal scores the lower coordinates win. A coordinate
     scored -inf is never chosen.
 
-    Measured on one core of a shared 2-core machine: TIMING
+    64 rows, K 4, all prefixes fed from memory, one core of a busy 2-core machine: 2.6 ms for a full grid of (4, 256),
+    2.7 ms for (256,), 9 ms for (256, 256), 16 ms for (32, 32, 32).
 
     :param uid_prefix: common prefix of all uids, with its dot
     :param grid_scores: for each dimension, scores of shape (B, size of the dimension)
@@ -174,7 +175,7 @@ class GridSearch:
         if not lengths.any():
             return
         starts = len(self._experts) + np.cumsum(lengths) - lengths  # the experts of one branch are neighbours
-        coordinates = np.repeat(self._coordinates[columns], lengths, axis=0)
+        coordinates: npt.NDArray[np.int64] = np.repeat(self._coordinates[columns], lengths, axis=0)
         if coordinates.shape[1] > 1:
             coordinates[:, -1] = np.concatenate([branch.coordinates for branch in branches])
         self._experts += [expert for branch in branches for expert in branch.experts]
@@ -187,20 +188,25 @@ class GridSearch:
             width = min(width, max(1, _SCORES_AT_ONCE // (rows * int(lengths.max()))))
             chosen = _most_promising(needed, bound, width)
             unseen &= ~chosen
-            filled = np.zeros(rows, dtype=np.int64)  # how much of each row of the tables is
-            table = np.full((rows, int((chosen @ lengths).max())), -np.inf)
-            ids = np.empty(table.shape, dtype=np.int64)
-            for i in np.flatnonzero(chosen.any(axis=0)):
-                row = np.flatnonzero(chosen[:, i])[:, None]
-                score = partial[row, i]
-                if len(self.scores) > 1:
-                    score = score + self.scores[-1][row, branches[i].coordinates]
-                place = filled[row] + np.arange(lengths[i])
-                table[row, place] = score
-                ids[row, place] = np.arange(starts[i], starts[i] + lengths[i])
-                filled[row] += lengths[i]
+            table, ids = self._score(chosen, partial, starts, branches)
             self._keep_best(table, ids)
             width *= 2
+
+    def _score(self, chosen: _Bools, partial: _Floats, starts: _Ints, branches: list[Branch]) -> tuple[_Floats, _Ints]:
+        """Scores and ids of each row's experts in the branches chosen for it, packed to the left; -inf: none."""
+        if len(self.scores) == 1:  # at most one expert in a branch, and its score is that of the prefix
+            return np.where(chosen, partial, -np.inf), np.broadcast_to(starts, chosen.shape)
+        lengths = np.array([len(branch.experts) for branch in branches], dtype=np.int64)
+        table = np.full((len(chosen), int((chosen @ lengths).max())), -np.inf)
+        ids = np.empty(table.shape, dtype=np.int64)
+        filled = np.zeros(len(chosen), dtype=np.int64)
+        for i in np.flatnonzero(chosen.any(axis=0)):
+            row = np.flatnonzero(chosen[:, i])[:, None]
+            place = filled[row] + np.arange(lengths[i])
+            table[row, place] = partial[row, i] + self.scores[-1][row, branches[i].coordinates]
+            ids[row, place] = np.arange(starts[i], starts[i] + lengths[i])
+            filled[row] += lengths[i]
+        return table, ids
 
     def _keep_best(self, score: _Floats, ids: _Ints) -> None:
         """Merge scored experts, some for each row, into the best ones."""

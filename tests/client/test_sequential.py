@@ -147,7 +147,9 @@ def test_wrong_use_is_refused_before_anything_is_sent(swarm: Swarm) -> None:
     assert not [call for call in swarm.transport.calls if call[1] != "info"]
 
 
-@pytest.mark.parametrize("wrong", [{}, {"uids": ["a.0"], "prefix": "a"}, {"prefix": "a"}, {"uids": []}, {"uids": ["a"]}])
+@pytest.mark.parametrize(
+    "wrong", [{}, {"uids": ["a.0"], "prefix": "a"}, {"prefix": "a"}, {"uids": []}, {"uids": ["a"]}]
+)
 def test_which_blocks_must_be_clear(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         RemoteSequential(None, **wrong)

@@ -12,6 +12,8 @@ from torch import nn
 
 from moe.schema import BatchTensorProto, TensorProto
 from moe.server.expert_backend import ExpertBackend
+from moe.server.layers import expert_schema
+from moe.server.layers.adapted import AdaptedFeedforwardBlock
 
 WIDTH = 8
 
@@ -176,7 +178,7 @@ def make_backend(kind: str, uid: str, lr: float | None = None, **options: Any) -
     """An expert of this file with the same weights in every process.
 
     :param lr: learning rate; None: no optimizer
-    :param options: ``width``, ``optimizer`` ("sgd", "adam"), and those of ExpertBackend
+    :param options: ``width``, ``seed`` of the weights, ``optimizer`` ("sgd", "adam"), and those of ExpertBackend
     """
     with _seeding:
         return _make_backend(kind, uid, lr, **options)
@@ -186,7 +188,7 @@ _seeding = threading.Lock()
 
 
 def _make_backend(kind: str, uid: str, lr: float | None, **options: Any) -> ExpertBackend:
-    torch.manual_seed(0)
+    torch.manual_seed(options.pop("seed", 0))
     width, optimizer_name = options.pop("width", WIDTH), options.pop("optimizer", "sgd")
     makers: dict[str, Any] = {
         "mixer": lambda: (Mixer(), MIXER_SCHEMA),
@@ -194,6 +196,7 @@ def _make_backend(kind: str, uid: str, lr: float | None, **options: Any) -> Expe
         "scripted": lambda: (Scripted(), {"args_schema": (BatchTensorProto(width),)}),
         "wide": lambda: (Wide(), {"args_schema": (BatchTensorProto(width),), "outputs_schema": BatchTensorProto(None)}),
         "slow": lambda: (Slow(), {"args_schema": (BatchTensorProto(width),)}),
+        "adapted": lambda: (AdaptedFeedforwardBlock(width), expert_schema("adapted_ffn", width)),
         "linear": lambda: (nn.Linear(width, width), {"args_schema": (BatchTensorProto(width),)}),
     }
     module, schema = makers[kind]()

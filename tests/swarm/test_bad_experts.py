@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe.config import HandlerConfig
 from moe.dht import DHT
 from moe.errors import DeadlineExceeded, ExpertFailed, NonFiniteError, Overloaded
 from moe.server.server import Server
@@ -40,7 +39,7 @@ def server(dht: DHT, gate: Gate) -> Iterator[Server]:
         make_backend("linear", "blocker.0"),
         make_backend("linear", "small.0", pool_size=4),
     ]
-    with serving(dht, *backends, on_batch=gate, handler_config=HandlerConfig(detect_anomalies=True)) as server:
+    with serving(dht, *backends, on_batch=gate) as server:
         yield server
 
 
@@ -212,7 +211,7 @@ def test_different_sequence_lengths_at_once(
         assert isinstance(answer, Reply), answer
         x, index, mask, *grad = tensors(length)
         y, _ = backend.module(x.requires_grad_(), index=index, mask=mask)
-        expected = y if method == FORWARD else torch.autograd.grad(y, x, *grad)[0]
+        expected = y if method == FORWARD else torch.autograd.grad(y, [x], *grad)[0]
         torch.testing.assert_close(answer.tensors[0], expected.detach())
     assert sorted(count for name, count in gate.batches if name == pool.name) == [1, 2, 2]  # one batch per length
     wait_until(lambda: pool.statistics().pending == 0)

@@ -14,12 +14,13 @@ from moe.config import ClientConfig
 from moe.dht import DHT
 from moe.server.server import Server
 from moe.transport.base import FORWARD
-from tests.swarm.experts import ATTENTION_WIDTH, WIDTH, compare_with_local, make_backend, random_inputs, run_attention
+from tests.swarm.experts import ATTENTION_WIDTH, WIDTH, compare_with_local, make_backend, random_inputs
 from tests.swarm.host import compare
 from tests.swarm.tools import Child, Gate, RawClient, peers_of, report, serving, wait_until
 
 CLIENTS = 12
 TOLERANCE = 1e-5
+GLOBAL_AND_BATCHED = ("x", "lora_a", "lora_b")  # inputs with gradients
 ways = pytest.mark.parametrize("transport", ["auto", "libp2p"])
 
 
@@ -54,6 +55,11 @@ def find(dht: DHT, transport: str) -> RemoteExpert:
     return expert
 
 
+def call(expert: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    own = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in inputs.items()}
+    return expert(own["x"], **{name: tensor for name, tensor in own.items() if name != "x"}), own
+
+
 @ways
 def test_everyone_gets_what_the_module_gives_locally(
     dht: DHT, server: Server, threads: ThreadPoolExecutor, transport: str
@@ -77,43 +83,34 @@ def test_rank_equals_rows_equals_length_in_one_batch(
     dht: DHT, server: Server, raw: RawClient, threads: ThreadPoolExecutor, gate: Gate, forward_only: bool
 ) -> None:
     """Nothing but the schema can tell what is batched here, and all twelve calls run as one."""
-    expert = find(dht, "libp2p")
+    expert, local = find(dht, "libp2p"), make_backend("attention", "local.0", width=ATTENTION_WIDTH).module
     inputs = [random_inputs(seed, rows=4, length=4, rank=4) for seed in range(CLIENTS)]
-    expert.describe()
+    expected = [call(local, one) for one in inputs]
+    if forward_only:
+        expert.describe()
+    else:
+        received = [call(expert, one) for one in inputs]
     backend = server.expert_backends["attention.0"]
     pool = backend.forward_pool if forward_only else backend.backward_pool
 
     def forward(number: int) -> float:
-        values = dict(inputs[number])
         with torch.no_grad():
-            difference = expert(values.pop("x"), **values) - run_attention(backend.module, inputs[number])[0]
-        return difference.abs().max().item()
-
-    outputs = None if forward_only else [expert_call(expert, one) for one in inputs]
+            return (call(expert, inputs[number])[0] - expected[number][0]).abs().max().item()
 
     def backward(number: int) -> float:
-        assert outputs is not None
-        y, own = outputs[number]
+        (y, own), (local_y, local_own) = received[number], expected[number]
         y.sum().backward()
-        local, local_own = expert_call(backend.module, inputs[number])
-        local.sum().backward()
-        names = ("x", "lora_a", "lora_b")
-        return max((own[name].grad - local_own[name].grad).abs().max().item() for name in names)
+        local_grads = torch.autograd.grad(local_y.sum(), [local_own[name] for name in GLOBAL_AND_BATCHED])
+        pairs = zip((own[name].grad for name in GLOBAL_AND_BATCHED), local_grads)
+        return max((grad - local_grad).abs().max().item() for grad, local_grad in pairs)
 
     gate.batches.clear()
     with gate.closed(lambda: raw.submit(raw.call(FORWARD, "blocker.0", [torch.ones(1, WIDTH)]))):
-        calls = [threads.submit(forward if forward_only else backward, number) for number in range(CLIENTS)]
+        running = [threads.submit(forward if forward_only else backward, number) for number in range(CLIENTS)]
         wait_until(lambda: pool.statistics().pending == CLIENTS, what="gathering")
-    errors = [call.result(60) for call in calls]
+    errors = [one.result(60) for one in running]
     assert (pool.name, CLIENTS) in gate.batches
     assert max(errors) < TOLERANCE
-
-
-def expert_call(
-    expert: torch.nn.Module, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    own = {name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in inputs.items()}
-    return expert(own["x"], mask=own["mask"], lora_a=own["lora_a"], lora_b=own["lora_b"]), own
 
 
 def test_identical_adapters_of_two_callers_get_their_own_gradients(
@@ -127,9 +124,9 @@ def test_identical_adapters_of_two_callers_get_their_own_gradients(
     pool = server.expert_backends["attention.0"].forward_pool
     gate.batches.clear()
     with gate.closed(lambda: raw.submit(raw.call(FORWARD, "blocker.0", [torch.ones(1, WIDTH)]))):
-        calls = [threads.submit(compare_with_local, expert, inputs) for inputs in (first, second)]
+        running = [threads.submit(compare_with_local, expert, inputs) for inputs in (first, second)]
         wait_until(lambda: pool.statistics().pending == 2, what="gathering")
-    assert max(call.result(60) for call in calls) < TOLERANCE
+    assert max(one.result(60) for one in running) < TOLERANCE
     assert (pool.name, 2) in gate.batches
 
 

@@ -36,7 +36,8 @@ def train(swarm: LocalSwarm, uid: str, steps: int, seed: int) -> None:
 def outputs(swarm: LocalSwarm, uid: str) -> torch.Tensor:
     (expert,) = get_experts(swarm.dht(), [uid])
     with torch.no_grad():
-        return expert(torch.linspace(-1, 1, 32).reshape(2, 16))
+        y: torch.Tensor = expert(torch.linspace(-1, 1, 32).reshape(2, 16))
+        return y
 
 
 def test_nothing_but_the_expert_class_starts_one_expert_in_a_new_swarm() -> None:

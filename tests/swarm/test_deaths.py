@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psutil
 import pytest
@@ -31,7 +32,7 @@ from tests.swarm.tools import (
     wait_until,
 )
 
-SLOW = {"kind": "slow", "uid": "slow.0", "max_batch_size": 2**18}
+SLOW: dict[str, Any] = {"kind": "slow", "uid": "slow.0", "max_batch_size": 2**18}
 LINEAR = {"kind": "linear", "uid": "linear.0"}
 IMPATIENT = ClientConfig(request_timeout_s=8.0, total_timeout_s=10.0, max_retries=0)
 ways = pytest.mark.parametrize("transport", ["auto", "libp2p"])

@@ -37,7 +37,11 @@ from tests.swarm.tools import (
 
 MIB = 2**20
 READ_TIMEOUT_S = 1.0
-LIMITS = {"max_request_bytes": 512 * MIB, "max_inflight_bytes": 1024 * MIB, "read_timeout_s": READ_TIMEOUT_S}
+LIMITS: dict[str, Any] = {
+    "max_request_bytes": 512 * MIB,
+    "max_inflight_bytes": 1024 * MIB,
+    "read_timeout_s": READ_TIMEOUT_S,
+}
 
 
 @pytest.fixture(scope="module")

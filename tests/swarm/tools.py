@@ -31,7 +31,7 @@ from moe.wire.messages import RequestHeader, decode_reply_header
 T = TypeVar("T")
 ChildT = TypeVar("ChildT", bound="Child")
 
-LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
+LOOPBACK: dict[str, Any] = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
 HANDLES = {FORWARD: RPC_FORWARD, BACKWARD: RPC_BACKWARD}
 ANSWER_WITHIN_S = 5.0  # what is asked of bad input is 2 s; machines that run tests may be busy
 
