@@ -18,7 +18,9 @@ from benchmarks.peers import Subject, running, served_each
 
 EXPERTS, WIDTH, ROWS, BEST = 8, 64, 64, 4
 PREFIX = "expert."
-HANDLERS = 16  # of stock hivemind; more do not help on a few cores, and its default of 64 takes longer to start
+HANDLERS = (
+    16  # of stock hivemind; on 2 cores 8, 16 and its default of 64 gave the same, within noise, and 64 start later
+)
 BURSTS, PAUSE_S = 3, 0.3  # in a round
 TIMEOUT_S = 90.0
 CASES = {

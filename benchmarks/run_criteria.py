@@ -1,6 +1,6 @@
 """Is it as fast as it should be? Runs the cases of this project's criteria and says for each one what was wanted and measured.
 
-    python -m benchmarks.run_criteria                    # about 20 minutes on a quiet machine
+    python -m benchmarks.run_criteria                    # all of them
     python -m benchmarks.run_criteria --only nop ffn     # those whose name contains one of these
 
 Every criterion is the median, over alternating rounds, of a ratio within a round: to stock hivemind, to the bare module, or

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +121,7 @@ class GridSearch:
         self._best_score = np.full((rows, beam_size), -np.inf)  # (B, K)
         self._best_id = np.full((rows, beam_size), -1, dtype=np.int64)  # (B, K)
         self._experts: list[ExpertInfo] = []
-        self._expert_coordinates = np.empty((0, dims), dtype=np.int64)  # (N, D)
+        self._expert_coordinates: _Ints = np.empty((0, dims), dtype=np.int64)  # (N, D)
 
     def wanted(self, width: int | None = None) -> list[ExpertPrefix]:
         """The prefixes to feed next: for each row the most promising ``width`` (default: K) of those it still needs.
@@ -175,7 +175,7 @@ class GridSearch:
         if not lengths.any():
             return
         starts = len(self._experts) + np.cumsum(lengths) - lengths  # the experts of one branch are neighbours
-        coordinates: npt.NDArray[np.int64] = np.repeat(self._coordinates[columns], lengths, axis=0)
+        coordinates = cast("npt.NDArray[np.int64]", np.repeat(self._coordinates[columns], lengths, axis=0))
         if coordinates.shape[1] > 1:
             coordinates[:, -1] = np.concatenate([branch.coordinates for branch in branches])
         self._experts += [expert for branch in branches for expert in branch.experts]
