@@ -19,7 +19,7 @@ demo: env
 	$(BIN)/python examples/digits_demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check

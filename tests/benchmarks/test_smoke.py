@@ -8,7 +8,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def started(module: str, *arguments: str, temporary: Path) -> Iterator[subproces
 
 
 def workers(temporary: Path) -> list[int]:
-    """Processes of benchmarks that were started with this place for temporary files."""
+    """All processes that have this place for temporary files."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -102,6 +103,21 @@ def test_without_a_gpu_it_says_so(temporary: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert result.returncode == 1
     assert result.stderr.strip().endswith("no CUDA device")
+
+
+def test_a_killed_benchmark_leaves_no_processes(tmp_path: Path, temporary: Path) -> None:
+    arguments = ["--smoke", "--seconds", "60", "--out", str(tmp_path)]
+    with started("benchmark_latency", *arguments, temporary=temporary) as process:
+        wait_for(lambda: len(workers(temporary)) >= 4)  # the benchmark, its guard, a server, clients
+        process.kill()
+        wait_for(lambda: workers(temporary) == [])
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # --- rounds and their statistics -------------------------------------------------------------------------------------
