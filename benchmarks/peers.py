@@ -167,13 +167,12 @@ def _shm_managers(directory: str) -> list[psutil.Process]:
 
 
 def _daemon_sockets(members: Sequence[psutil.Process]) -> set[Path]:
-    """Those of libp2p daemons, which have their place in /tmp and which nobody removes when the daemons are killed."""
+    """Between hivemind and its libp2p daemons, on both sides. Their place is /tmp, and nobody removes those of the killed."""
     found: set[Path] = set()
     for process in members:
         with contextlib.suppress(psutil.Error):
-            if "p2pd" in process.name():
-                addresses = (str(connection.laddr) for connection in process.net_connections("unix"))
-                found.update(Path(address) for address in addresses if address.startswith("/tmp/hivemind-"))
+            addresses = (str(connection.laddr) for connection in process.net_connections("unix"))
+            found.update(Path(address) for address in addresses if address.startswith("/tmp/hivemind-"))
     return found
 
 
