@@ -124,6 +124,7 @@ class Server:
         self._undo: list[tuple[str, Callable[[], object]]] = []  # how to stop what was started, in order of the start
         self._watcher: threading.Thread | None = None
         self._libp2p: LibP2PServer | None = None
+        self._cut_off = False  # the DHT process or its libp2p daemon has died: nobody can be told anything any more
         self._started_at = 0.0
         self._rows_per_s = 0.0
         if start:
@@ -220,7 +221,7 @@ class Server:
         if not self.dht.is_alive():
             self.dht.run_in_background(await_ready=False)
             self.dht.wait_until_ready(self.config.start_timeout_s)
-        self._undo.append(("the DHT node", lambda: stop_dht(self.dht)))
+        self._undo.append(("the DHT node", lambda: stop_dht(self.dht, 0.5 if self._cut_off else 5.0)))
 
     def _start_checkpoints(self) -> None:
         if self.checkpoint_saver is not None:
@@ -258,7 +259,7 @@ class Server:
             self.config.announce_expiration_s,
         )
         announcer.start()
-        self._undo.append(("announcements", lambda: announcer.stop(retract=True, timeout_s=3.0)))
+        self._undo.append(("announcements", lambda: announcer.stop(retract=not self._cut_off, timeout_s=3.0)))
 
     def _announcement(self) -> ServerInfo:
         first = next(iter(self.expert_backends.values()))
@@ -303,10 +304,9 @@ class Server:
         limit_s = self.config.stuck_after_s
         if limit_s is not None and self.runtime.busy_s() > limit_s:
             return LifecycleError(f"a batch has been running for {self.runtime.busy_s():.0f} s: the Runtime is stuck")
-        if not self.dht.is_alive():
-            return LifecycleError("the DHT process has died")
-        if self._libp2p is not None and not self._libp2p.is_connected:
-            return LifecycleError("the libp2p daemon has died")
+        self._cut_off = not self.dht.is_alive() or (self._libp2p is not None and not self._libp2p.is_connected)
+        if self._cut_off:
+            return LifecycleError("the DHT process or its libp2p daemon has died")
         return None
 
     def _watch(self) -> None:

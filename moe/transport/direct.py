@@ -310,6 +310,11 @@ class _ServerLink:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self.link = Link(asyncio.get_running_loop(), sock, peer, self, service.read_timeout_s)
 
+    @property
+    def busy(self) -> bool:
+        """True while somebody waits for an answer, or one is on its way."""
+        return bool(self._tasks) or self.link.sending
+
     def close(self) -> None:
         self.link.close()
 
@@ -437,13 +442,19 @@ class DirectServer:
             self._listeners.append(listener)
             loop.add_reader(listener, self._accept, listener)
 
-    async def stop(self) -> None:
-        """Close the listeners and all links."""
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Take no new links, send the answers of calls in flight, close all links.
+
+        :param grace_s: for answers to be sent
+        """
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
             loop.remove_reader(listener)
             listener.close()
         self._listeners.clear()
+        deadline = loop.time() + grace_s
+        while any(link.busy for link in self._links) and loop.time() < deadline:  # noqa: ASYNC110 - they have no event
+            await asyncio.sleep(0.01)
         for link in list(self._links):
             link.close()
         for task in list(self._tasks):

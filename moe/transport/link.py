@@ -128,6 +128,11 @@ class Link:
         state = "closed" if self.closed else f"{len(self._incoming)} arriving, {len(self._outgoing)} being sent"
         return f"Link({kind} to ...{self.peer[-8:]}, {state})"
 
+    @property
+    def sending(self) -> bool:
+        """True while something waits to be written."""
+        return bool(self._writing or self._urgent or self._outgoing)
+
     # --- sending -----------------------------------------------------------------------------------------------------------
 
     def send(self, call: int, opening: Opening, tensors: Sequence[EncodedTensor]) -> None:
@@ -190,7 +195,7 @@ class Link:
         except OSError as e:
             self.close(PeerGone(f"the direct link broke: {e!r}", peer=self.peer))
             return
-        more = bool(self._writing or self._urgent or self._outgoing)
+        more = self.sending
         if more != self._writer_registered:
             self._writer_registered = more
             if more:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -23,21 +21,6 @@ from tests.swarm.tools import report
 COMMAND = [sys.executable, "-m", "moe.cli.run_server"]
 LOOPBACK = ["--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
 SMALL = ["--hidden_dim", "16", "--optimizer", "sgd", "--lr", "0.1"]
-
-
-def train(swarm: LocalSwarm, uid: str, steps: int, seed: int) -> None:
-    (expert,) = get_experts(swarm.dht(), [uid])
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x = torch.randn(4, 16, generator=generator)
-        expert(x).pow(2).mean().backward()
-
-
-def outputs(swarm: LocalSwarm, uid: str) -> torch.Tensor:
-    (expert,) = get_experts(swarm.dht(), [uid])
-    with torch.no_grad():
-        y: torch.Tensor = expert(torch.linspace(-1, 1, 32).reshape(2, 16))
-        return y
 
 
 def test_nothing_but_the_expert_class_starts_one_expert_in_a_new_swarm() -> None:
@@ -94,28 +77,6 @@ def test_sigterm_with_a_request_in_flight_ends_soon_and_leaves_nothing() -> None
         assert not [pid for pid in processes if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
 
-def test_resumed_training_equals_uninterrupted_training(tmp_path: Path) -> None:
-    directory = tmp_path / "experts"
-    arguments = [*LOOPBACK, *SMALL, "--expert_uids", "ffn.0", "ffn.1", "--checkpoint_dir", str(directory)]
-    with LocalSwarm(arguments) as swarm:
-        swarm.terminate(0)  # saved, untrained: ffn.1 begins where ffn.0 does
-        (directory / "ffn.1" / "checkpoint_last.pt").unlink()
-        for path in (directory / "ffn.1").iterdir():
-            path.unlink()
-        state = torch.load(directory / "ffn.0" / "checkpoint_last.pt", weights_only=True)
-        state["moe"]["uid"] = "ffn.1"
-        torch.save(state, directory / "ffn.1" / "checkpoint_last.pt")
-        swarm.restart(0)
-        assert torch.equal(outputs(swarm, "ffn.0"), outputs(swarm, "ffn.1"))
-        for seed in (1, 2):
-            train(swarm, "ffn.0", 3, seed)
-        train(swarm, "ffn.1", 3, seed=1)
-        assert swarm.terminate(0) == 0  # saves
-        swarm.restart(0)
-        train(swarm, "ffn.1", 3, seed=2)
-        assert torch.allclose(outputs(swarm, "ffn.0"), outputs(swarm, "ffn.1"), atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -131,11 +92,3 @@ def test_wrong_settings_end_at_once_with_a_message(wrong: list[str], said: str) 
     report(f"refused after {time.monotonic() - begin:.2f} s")
     assert ended.returncode == 2
     assert said in ended.stderr
-
-
-def test_status_lists_experts_servers_and_load() -> None:
-    with LocalSwarm([*LOOPBACK, *SMALL, "--expert_uids", "ffn.0.0", "ffn.0.1"]) as swarm:
-        asked = [sys.executable, "-m", "moe.cli.status", "--json", "--initial_peers", *swarm.initial_peers]
-        ended = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-        assert ended.returncode == 0, ended.stderr
-        assert "ffn.0.1" in json.dumps(json.loads(ended.stdout))

@@ -208,12 +208,33 @@ def test_a_batch_that_never_ends_makes_the_server_unhealthy(dht: DHT, pool: Thre
         assert find_experts(dht, ["slow.0"]) == [None]
 
 
-# --- several servers of one expert ---------------------------------------------------------------------------------------
+# --- a server that stops ---------------------------------------------------------------------------------------------------
 
 
 @ways
-@pytest.mark.parametrize("ending", ["kill", "stop"])
-def test_another_server_of_the_same_expert_goes_on(dht: DHT, transport: str, ending: str) -> None:
+def test_a_server_that_stops_answers_everybody(dht: DHT, pool: ThreadPoolExecutor, transport: str) -> None:
+    """The batch at hand is finished and its callers get their answers, also large ones; those who wait are told."""
+    config = ClientConfig(max_retries=0, total_timeout_s=20.0, transport=transport)
+    with serving(dht, make_backend(**SLOW), make_backend(**LINEAR)) as server:
+        slow = remote(dht, server.dht.peer_id, config=config)
+        linear = remote(dht, server.dht.peer_id, "linear.0", config=config)
+        running = [pool.submit(slow, lasting(0.8, LARGE))]
+        wait_until(lambda: server.runtime.busy_s() > 0, what="a batch")
+        waiting = [pool.submit(linear, torch.ones(2, WIDTH)) for _ in range(4)]
+        wait_until(lambda: server.expert_backends["linear.0"].forward_pool.statistics().pending == 4, what="a queue")
+        server.shutdown()
+        for call in running:
+            torch.testing.assert_close(call.result(30), lasting(0.8, LARGE))
+        for call in waiting:
+            with refused(Unavailable, "stopping"):
+                call.result(30)
+
+
+# --- several servers of one expert ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ending", "transport"), [("kill", "auto"), ("stop", "libp2p")])
+def test_another_server_of_the_same_expert_goes_on(dht: DHT, ending: str, transport: str) -> None:
     uid = "twin.1"
     experts = [{"kind": "linear", "uid": uid, "lr": 0.0}]
     config = ClientConfig(request_timeout_s=5.0, total_timeout_s=20.0, transport=transport)
