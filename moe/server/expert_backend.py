@@ -45,9 +45,7 @@ from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
 
 logger = logging.getLogger(__name__)
 
-MAX_PADDING = (
-    2.0  # lanes of unequal row counts are stacked if that at most doubles the rows; ours, see docs/performance.md
-)
+MAX_PADDING = 2.0  # lanes of unequal row counts are stacked if that at most doubles the rows; decision 0007
 _DRY_RUN_LENGTHS = (8, 5)  # of "any length" axes; two, to see which output axes follow them
 _lane_numbers = itertools.count()
 

@@ -74,7 +74,7 @@ logger = logging.getLogger(__name__)
 _RPC_OF_METHOD = {FORWARD: RPC_FORWARD, "backward": RPC_BACKWARD}
 _MESSAGE, _END = b"\x00", b"\x01"
 _LENGTH_BYTES = 8
-_LINGER_S = 2.0  # for a refused caller to read why; ours
+_LINGER_S = 2.0  # for a caller to read the last of a reply; ours
 _SMALL_BYTES = 64 * 1024  # tensors up to this are (de)coded in the event loop; ours, about 10 us
 _STREAM_BACKLOG = 4096  # Linux allows no more unless told so
 _HANDLER_ERROR = re.compile(r"^(?:.*?: )?(\w+)\((.*)\)$", re.DOTALL)  # repr of an exception, as unary calls relay it
@@ -555,6 +555,9 @@ class LibP2PServer:
                     await within(writer.drain(), self._service.read_timeout_s, "sending a reply", peer)
             finally:
                 admission.release()
+            if native:  # a stock caller takes this for an error, and waits for us to close
+                _write(writer, RPCError(), _END)
+                await _linger(reader)
         except MoEError as e:
             logger.debug("refused a stream of %s: %r", peer, e)
             if native:
@@ -576,8 +579,8 @@ async def _receive(first: Any, requests: AsyncIterator[Any], assembler: TensorAs
 
 
 async def _linger(reader: asyncio.StreamReader) -> None:
-    """Read on, for nothing, until the caller closes: closing before it, with requests unread, would reset the stream, and
-    the error on its way with it."""
+    """Read on, for nothing, until the caller closes: libp2p's daemon resets a stream whose receiving end closes last, and
+    what is on its way is lost (measured: 3 of 240 replies of 1 to 8 MiB, eight at a time)."""
 
     async def discard() -> None:
         while await reader.read(_SMALL_BYTES):

@@ -111,20 +111,21 @@ def send(server: Server, raw: RawClient) -> Callable[[Any], Any]:
     return run
 
 
-both_ways = pytest.mark.parametrize("stream", [False, True], ids=["unary", "stream"])
+ways = pytest.mark.parametrize("way", ["unary", "stream", "link"])
+libp2p_ways = pytest.mark.parametrize("way", ["unary", "stream"])
 both_methods = pytest.mark.parametrize("method", [FORWARD, BACKWARD])
 
 
 # --- good ones first: what is refused below is refused for its one fault ---------------------------------------------
 
 
-@both_ways
+@ways
 @both_methods
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "global"])
 @pytest.mark.parametrize("rows", [0, 1, 7, MAX_ROWS])
-def test_a_good_request(server: Server, raw: RawClient, method: str, stream: bool, scaled: bool, rows: int) -> None:
+def test_a_good_request(server: Server, raw: RawClient, method: str, way: str, scaled: bool, rows: int) -> None:
     request = Request(method, rows=rows, scaled=scaled)
-    reply = raw.run(raw.call(method, UID, request.tensors, request.header, stream=stream))
+    reply = raw.run(raw.call(method, UID, request.tensors, request.header, way=way))
     check_exact(reply.tensors, request.expected(server))
 
 
@@ -174,17 +175,17 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@both_ways
+@ways
 @both_methods
 @pytest.mark.parametrize("fault", SPOILED)
-def test_tensors_that_do_not_fit(send: Any, raw: RawClient, fault: str, method: str, stream: bool) -> None:
+def test_tensors_that_do_not_fit(send: Any, raw: RawClient, fault: str, method: str, way: str) -> None:
     request = Request(method)
     spoil, named = SPOILED[fault]
     spoil(request)
     if method == BACKWARD and fault == "a global that is not there":
         request.tensors.pop()  # else the gradient is in its place, which is another fault
     with refused(SchemaError, named):
-        send(raw.call(method, UID, request.tensors, request.header, stream=stream))
+        send(raw.call(method, UID, request.tensors, request.header, way=way))
 
 
 SPOILED_GRADIENTS: dict[str, tuple[Spoil, str]] = {
@@ -198,31 +199,31 @@ SPOILED_GRADIENTS: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@both_ways
+@ways
 @pytest.mark.parametrize("fault", SPOILED_GRADIENTS)
-def test_gradients_that_do_not_fit(send: Any, raw: RawClient, fault: str, stream: bool) -> None:
+def test_gradients_that_do_not_fit(send: Any, raw: RawClient, fault: str, way: str) -> None:
     request = Request(BACKWARD)
     spoil, named = SPOILED_GRADIENTS[fault]
     spoil(request)
     with refused(SchemaError, named):
-        send(raw.call(BACKWARD, UID, request.tensors, request.header, stream=stream))
+        send(raw.call(BACKWARD, UID, request.tensors, request.header, way=way))
 
 
-@both_ways
+@ways
 @both_methods
-def test_a_global_of_the_wrong_size(send: Any, raw: RawClient, method: str, stream: bool) -> None:
+def test_a_global_of_the_wrong_size(send: Any, raw: RawClient, method: str, way: str) -> None:
     request = Request(method, scaled=True)
     request.tensors[3] = request.tensors[3][1:]
     with refused(SchemaError, "kwargs['scale']", "float32(8)", "float32(7)"):
-        send(raw.call(method, UID, request.tensors, request.header, stream=stream))
+        send(raw.call(method, UID, request.tensors, request.header, way=way))
 
 
-@both_ways
+@ways
 @both_methods
-def test_more_rows_than_a_batch_has(send: Any, raw: RawClient, method: str, stream: bool) -> None:
+def test_more_rows_than_a_batch_has(send: Any, raw: RawClient, method: str, way: str) -> None:
     request = Request(method, rows=MAX_ROWS + 1)
     with refused(SchemaError, "args[0]", f"at most {MAX_ROWS}"):
-        send(raw.call(method, UID, request.tensors, request.header, stream=stream))
+        send(raw.call(method, UID, request.tensors, request.header, way=way))
 
 
 def test_a_gradient_shorter_than_the_output(send: Any, raw: RawClient) -> None:
@@ -236,22 +237,21 @@ def test_a_gradient_shorter_than_the_output(send: Any, raw: RawClient) -> None:
 # --- experts that are not there ----------------------------------------------------------------------------------------
 
 
-@both_ways
+@ways
 @both_methods
 @pytest.mark.parametrize("uid", ["mixer.1", "mixer", "", "no such expert", "mixer.0 mixer.0", "\u2603" * 50])
-def test_unknown_experts(send: Any, raw: RawClient, uid: str, method: str, stream: bool) -> None:
+def test_unknown_experts(send: Any, raw: RawClient, uid: str, method: str, way: str) -> None:
     with refused(ExpertNotFound, repr(uid)):
-        send(raw.call(method, uid, Request(method).tensors, stream=stream))
+        send(raw.call(method, uid, Request(method).tensors, way=way))
 
 
-@both_ways
-def test_an_endless_uid(send: Any, raw: RawClient, stream: bool) -> None:
+@ways
+def test_an_endless_uid(send: Any, raw: RawClient, way: str) -> None:
     with refused(ProtocolError, "uid"):
-        send(raw.call(FORWARD, "x" * 10**6, [], stream=stream))
+        send(raw.call(FORWARD, "x" * 10**6, [], way=way))
 
 
-@both_ways
-def test_asking_about_an_unknown_expert(send: Any, raw: RawClient, stream: bool) -> None:
+def test_asking_about_an_unknown_expert(send: Any, raw: RawClient) -> None:
     with refused(ExpertNotFound, "'mixer.1'"):
         send(raw.transport.info(raw.peer_id, "mixer.1", timeout_s=30))
 
@@ -275,14 +275,14 @@ HEADERS: dict[str, tuple[bytes, type[Exception], str]] = {
 }
 
 
-@both_ways
+@libp2p_ways
 @both_methods
 @pytest.mark.parametrize("fault", HEADERS)
-def test_headers_that_are_none(send: Any, raw: RawClient, fault: str, method: str, stream: bool) -> None:
+def test_headers_that_are_none(send: Any, raw: RawClient, fault: str, method: str, way: str) -> None:
     data, kind, named = HEADERS[fault]
     messages = [to_message(encode_tensor(tensor)) for tensor in Request(method).tensors]
     with refused(kind, named):
-        send(raw.send(method, ExpertRequest(uid=UID, tensors=messages, metadata=data), stream=stream))
+        send(raw.send(method, ExpertRequest(uid=UID, tensors=messages, metadata=data), way=way))
 
 
 @pytest.mark.parametrize("time_left_s", [math.inf, 1e300])
@@ -329,12 +329,12 @@ TENSORS: dict[str, tuple[Callable[[Any], None], Any, str]] = {
 }
 
 
-@both_ways
+@libp2p_ways
 @pytest.mark.parametrize("fault", TENSORS)
-def test_tensors_that_are_none(send: Any, raw: RawClient, fault: str, stream: bool) -> None:
+def test_tensors_that_are_none(send: Any, raw: RawClient, fault: str, way: str) -> None:
     change, kind, named = TENSORS[fault]
     messages = [to_message(encode_tensor(tensor)) for tensor in Request(FORWARD).tensors]
     change(messages[0])
     request = ExpertRequest(uid=UID, tensors=messages, metadata=encode_header(RequestHeader()))
     with refused(kind, named):
-        send(raw.send(FORWARD, request, stream=stream))
+        send(raw.send(FORWARD, request, way=way))

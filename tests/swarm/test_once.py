@@ -76,10 +76,10 @@ def some_call(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(3, WIDTH, generator=generator) for _ in range(2)]
 
 
-@pytest.mark.parametrize("ways", ["unary unary", "unary stream", "stream unary", "stream stream"])
+@pytest.mark.parametrize("ways", ["unary unary", "unary stream", "stream link", "link unary", "link link"])
 def test_the_same_id_again(server: Server, raw: RawClient, ways: str) -> None:
     training, tensors, header = Training(server), some_call(), RequestHeader(request_id=new_request_id())
-    replies = [raw.run(raw.call(BACKWARD, "linear.0", tensors, header, stream=way == "stream")) for way in ways.split()]
+    replies = [raw.run(raw.call(BACKWARD, "linear.0", tensors, header, way=way)) for way in ways.split()]
     (expected,) = training.expect(tensors)
     for reply in replies:
         torch.testing.assert_close(reply.tensors[0], expected)
@@ -99,8 +99,8 @@ def test_the_same_id_while_the_first_is_waiting(server: Server, raw: RawClient, 
     requests = server.handler.requests
     with gate.closed(lambda: raw.submit(raw.call(FORWARD, "blocker.0", [torch.ones(1, WIDTH)]))):
         calls = [
-            raw.submit(raw.call(BACKWARD, "linear.0", tensors, header, stream=stream))
-            for stream in (False, True, False, True)
+            raw.submit(raw.call(BACKWARD, "linear.0", tensors, header, way=way))
+            for way in ("unary", "stream", "link", "unary")
         ]
         wait_until(lambda: server.handler.requests - requests == 5 and pool.statistics().pending)
         assert pool.statistics().pending == 1
@@ -164,13 +164,13 @@ def test_a_retried_backward_trains_once(dht: DHT, server: Server, transport: str
 # --- who may ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["unary", "stream"])
-def test_a_peer_that_may_not_train(server: Server, raw: RawClient, stream: bool) -> None:
+@pytest.mark.parametrize("way", ["unary", "stream", "link"])
+def test_a_peer_that_may_not_train(server: Server, raw: RawClient, way: str) -> None:
     before = server.expert_backends["guarded.0"].state_dict()
     x, grad = some_call()
     with refused(Refused, "not allowed"):
-        raw.run(raw.call(BACKWARD, "guarded.0", [x, grad], stream=stream))
-    reply = raw.run(raw.call(FORWARD, "guarded.0", [x], stream=stream))
+        raw.run(raw.call(BACKWARD, "guarded.0", [x, grad], way=way))
+    reply = raw.run(raw.call(FORWARD, "guarded.0", [x], way=way))
     torch.testing.assert_close(reply.tensors[0], server.expert_backends["guarded.0"].module(x).detach())
     after = server.expert_backends["guarded.0"].state_dict()
     assert all(torch.equal(after["module"][name], tensor) for name, tensor in before["module"].items())

@@ -17,8 +17,7 @@ from moe.dht import DHT, start_dht
 from moe.errors import MoEError
 from moe.expert_uid import ExpertInfo
 from moe.server.server import Server
-from moe.transport.auto import AutoTransport
-from moe.transport.base import BACKWARD, FORWARD, Call
+from moe.transport.base import BACKWARD, FORWARD
 from moe.wire.hivemind_dialect import ExpertRequest, to_message
 from moe.wire.messages import RequestHeader
 from moe.wire.tensors import encode_tensor
@@ -37,14 +36,9 @@ def failing_calls(raw: RawClient) -> list[Callable[[], Awaitable[object]]]:
     bad = torch.full((2, WIDTH), Scripted.RAISE)
     late = RequestHeader(time_left_s=0.0)
     garbage = ExpertRequest(uid="scripted.0", tensors=[to_message(encode_tensor(good))], metadata=b"\xc1")
-    direct = AutoTransport(raw.transport, "unix")
 
     def call(method: str, *tensors: torch.Tensor, uid: str = "scripted.0", **options: object) -> Awaitable[object]:
         return raw.call(method, uid, tensors, **options)  # type: ignore[arg-type]
-
-    def by_link(method: str, *tensors: torch.Tensor, uid: str = "scripted.0") -> Awaitable[object]:
-        wanted = Call(method, uid, RequestHeader(), tensors, [0] * len(tensors))
-        return direct.call(raw.peer_id, wanted, timeout_s=30.0)
 
     return [
         lambda: call(FORWARD, wrong),
@@ -54,12 +48,12 @@ def failing_calls(raw: RawClient) -> list[Callable[[], Awaitable[object]]]:
         lambda: call(BACKWARD, bad, good),
         lambda: call(FORWARD, good, header=late),
         lambda: call(FORWARD, good, uid="slow.0", timeout_s=1e-4),  # gives up
-        lambda: call(FORWARD, wrong, stream=True),
-        lambda: call(FORWARD, bad, stream=True),
+        lambda: call(FORWARD, wrong, way="stream"),
+        lambda: call(FORWARD, bad, way="stream"),
         lambda: raw.send(FORWARD, garbage),
-        lambda: by_link(FORWARD, wrong),
-        lambda: by_link(BACKWARD, bad, good),
-        lambda: by_link(FORWARD, good, uid="nobody.0"),
+        lambda: call(FORWARD, wrong, way="link"),
+        lambda: call(BACKWARD, bad, good, way="link"),
+        lambda: call(FORWARD, good, uid="nobody.0", way="link"),
     ]
 
 

@@ -86,7 +86,7 @@ def next_part(data: bytes) -> bytes:
 
 
 async def works(raw: RawClient) -> None:
-    reply = await raw.call(FORWARD, "linear.0", [torch.ones(3, WIDTH)], stream=True)
+    reply = await raw.call(FORWARD, "linear.0", [torch.ones(3, WIDTH)], way="stream")
     assert reply.tensors[0].shape == (3, WIDTH)
 
 

@@ -22,6 +22,7 @@ from moe.errors import ExpertNotFound, MoEError
 from moe.server.expert_backend import ExpertBackend
 from moe.server.server import Server
 from moe.server.task_pool import Task, TaskPool
+from moe.transport.auto import AutoTransport
 from moe.transport.base import BACKWARD, FORWARD, Call, Reply
 from moe.transport.event_loop import client_loop
 from moe.transport.libp2p import LibP2PTransport
@@ -67,11 +68,12 @@ class RawClient:
 
     def __init__(self, dht: DHT, peer_id: Any):
         self.transport, self.peer_id = LibP2PTransport(resolve_p2p(dht)), peer_id
+        self.direct = AutoTransport(self.transport, "unix")
         self.run(self.transport._connected())  # now, not in the middle of a test that counts descriptors
 
     def close(self) -> None:
-        """Drop its connection."""
-        self.run(self.transport.close())
+        """Drop its connections."""
+        self.run(self.direct.close())
 
     @staticmethod
     def run(coroutine: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
@@ -90,22 +92,27 @@ class RawClient:
         tensors: Sequence[torch.Tensor],
         header: RequestHeader | None = None,
         *,
-        stream: bool = False,
+        way: str = "unary",
         timeout_s: float = 30.0,
     ) -> Reply:
-        """A well-formed call, of whatever contents."""
-        header = RequestHeader() if header is None else header
-        reply_bytes = 2**22 if stream else 0
-        call = Call(method, uid, header, tensors, [0] * len(tensors), reply_bytes)
-        return await self.transport.call(self.peer_id, call, timeout_s=timeout_s)
+        """A well-formed call, of whatever contents.
 
-    async def send(self, method: str, request: Any, *, stream: bool = False) -> Any:
+        :param way: "unary", "stream" or "link"
+        """
+        header = RequestHeader() if header is None else header
+        reply_bytes = 2**22 if way == "stream" else 0
+        call = Call(method, uid, header, tensors, [0] * len(tensors), reply_bytes)
+        transport = self.direct if way == "link" else self.transport
+        return await transport.call(self.peer_id, call, timeout_s=timeout_s)
+
+    async def send(self, method: str, request: Any, *, way: str = "unary") -> Any:
         """A request as it is; raises the error that the reply carries.
 
         :param request: an ExpertRequest, or bytes
+        :param way: "unary" or "stream"
         """
         data = request if isinstance(request, bytes) else request.SerializeToString()
-        if stream:
+        if way == "stream":
             async with self.open_stream(method) as (reader, writer):
                 writer.write(framed(data) + END_OF_STREAM)
                 response = ExpertResponse.FromString(await read_message(reader))
