@@ -194,6 +194,19 @@ def test_time_out_withdraws_the_call_and_the_link_lives_on() -> None:
         host.await_release()
 
 
+def test_a_server_that_stops_sends_the_answers_it_has() -> None:
+    with lora_host() as host:
+        host.backends["slow.0"].module.delay_s = 0.3
+
+        async def work(client: DirectClient) -> Reply:
+            calling = asyncio.ensure_future(client.call(forward_call(torch.ones(1, 1, HIDDEN), uid="slow.0"), 30.0))
+            await asyncio.sleep(0.1)
+            host.server_loop.submit(host.direct.stop(grace_s=10.0))
+            return await calling
+
+        assert host.run(work, "unix").tensors[0][0, 0, 0] == 2
+
+
 def test_callers_of_a_lost_link_get_an_error_at_once() -> None:
     with lora_host() as host:
         host.backends["slow.0"].module.delay_s = 1.0
@@ -201,7 +214,7 @@ def test_callers_of_a_lost_link_get_an_error_at_once() -> None:
         async def work(client: DirectClient) -> None:
             calling = asyncio.ensure_future(client.call(forward_call(torch.ones(1, 1, HIDDEN), uid="slow.0"), 30.0))
             await asyncio.sleep(0.1)
-            host.server_loop.submit(host.direct.stop())
+            host.server_loop.submit(host.direct.stop(grace_s=0.0))
             with pytest.raises(PeerGone):
                 await asyncio.wait_for(calling, 5.0)
 
