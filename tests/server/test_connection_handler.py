@@ -284,7 +284,7 @@ def test_a_forward_whose_caller_has_gone_is_withdrawn_and_a_backward_is_not() ->
                 future.cancel()
                 wait_until(lambda left=left: swarm.server.pending == left)
         wait_until(lambda: backend.updates == 1)  # a repeat of it may be under way
-    assert swarm.server.handler.inflight_bytes == 0
+    wait_until(lambda: swarm.server.handler.inflight_bytes == 0)
 
 
 def wait_until(condition: Any) -> None:

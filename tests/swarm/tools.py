@@ -69,7 +69,7 @@ class RawClient:
     def __init__(self, dht: DHT, peer_id: Any):
         self.transport, self.peer_id = LibP2PTransport(resolve_p2p(dht)), peer_id
         self.direct = AutoTransport(self.transport, "unix")
-        self.run(self.transport._connected())  # now, not in the middle of a test that counts descriptors
+        self.run(self.direct._connect(peer_id, 30))  # now, not in the middle of a test that counts descriptors
 
     def close(self) -> None:
         """Drop its connections."""
