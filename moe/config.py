@@ -7,6 +7,7 @@ not measured, its comment says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +19,8 @@ SCHEDULERS = ("constant", "cosine", "linear", "none")  # moe/server/layers/lr_sc
 COMPRESSIONS = ("NONE", "MEANSTD_16BIT", "FLOAT16", "QUANTILE_8BIT", "UNIFORM_8BIT", "BLOCKWISE_8BIT")
 
 TRANSPORTS = ("auto", "unix", "tls", "libp2p")
+ROUTINGS = ("max_throughput", "min_latency")  # moe/client/routing.py
+MAX_BLOCKS = 4096  # of one model; ours
 DHT_MIN_EXPIRATION_S = 3.0  # hivemind's MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 
@@ -31,6 +34,19 @@ def check_positive(owner: object, *names: str, allow_none: bool = True, allow_ze
         if not number or value < 0 or (value == 0 and not allow_zero):
             kind = "a number >= 0" if allow_zero else "a positive number"
             raise ConfigError(f"{name}: expected {kind}{' or None' if allow_none else ''}, got {value!r}")
+
+
+def _peer_names(setting: str, peers: Any) -> tuple[str, ...] | None:
+    """Peer ids as base58, given as that or as PeerID objects."""
+    if peers is None:
+        return None
+    if isinstance(peers, (str, bytes)) or not isinstance(peers, Iterable):
+        raise ConfigError(f"{setting}: expected a list of peer ids or None, got {peers!r}")
+    names = [peer.to_base58() if hasattr(peer, "to_base58") else peer for peer in peers]
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong:
+        raise ConfigError(f"{setting}: expected peer ids (base58 strings or PeerID), got {wrong[0]!r}")
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,13 @@ class ClientConfig:
     :param detect_anomalies: refuse non-finite inputs, outputs and gradients on the client
     :param transport: how tensors travel: "auto" (direct link where it can be had, else libp2p), "libp2p" (never a direct
         link), "unix" or "tls" (nothing but a direct link of this kind)
+    :param routing: how RemoteSequential chooses servers: "max_throughput" (at random, more often those that are fast and
+        host many of the next blocks) or "min_latency" (the fastest way through all blocks)
+    :param update_period_s: how often RemoteSequential looks for servers anew, in the background
+    :param ban_timeout_s: how long a server that failed is avoided; doubles with each failure in a row; 0: never
+    :param allowed_servers: peer ids, base58, of the only servers RemoteSequential may use; None: all
+    :param blocked_servers: peer ids, base58, of servers it must not use
+    :param show_route: log each route that RemoteSequential takes
     """
 
     connect_timeout_s: float | None = 5.0
@@ -58,10 +81,22 @@ class ClientConfig:
     max_tokens_per_request: int = 1024
     detect_anomalies: bool = False
     transport: str = "auto"
+    routing: str = "max_throughput"
+    update_period_s: float = 60.0  # these two: as Petals
+    ban_timeout_s: float = 15.0
+    allowed_servers: tuple[str, ...] | None = None
+    blocked_servers: tuple[str, ...] | None = None
+    show_route: bool = False
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
+        if self.routing not in ROUTINGS:
+            raise ConfigError(f"routing: expected one of {', '.join(ROUTINGS)}, got {self.routing!r}")
+        check_positive(self, "update_period_s", allow_none=False)
+        check_positive(self, "ban_timeout_s", allow_none=False, allow_zero=True)
+        for name in ("allowed_servers", "blocked_servers"):
+            object.__setattr__(self, name, _peer_names(name, getattr(self, name)))
         check_positive(self, "connect_timeout_s", "request_timeout_s", "total_timeout_s")
         check_positive(self, "min_backoff_s", "max_backoff_s", "max_retries", allow_none=False, allow_zero=True)
         check_positive(self, "max_tokens_per_request", allow_none=False)
