@@ -75,6 +75,17 @@ def split_chain(chain: str) -> tuple[ExpertUID, ...]:
     return tuple(filter(None, chain.split(CHAIN_DELIMITER)))
 
 
+def block_range(text: str) -> range:
+    """``"2:5"`` -> ``range(2, 5)``: blocks 2, 3 and 4.
+
+    :raises ConfigError: if it is not that, or empty
+    """
+    matched = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if matched is None or int(matched[1]) >= int(matched[2]):
+        raise ConfigError(f"block_indices: expected FIRST:END, such as 0:3 for blocks 0, 1 and 2, got {text!r}")
+    return range(int(matched[1]), int(matched[2]))
+
+
 class UidPattern:
     """A pattern of uids such as ``ffn.[0:4].[0:256]``: fixed blocks and half-open ranges of coordinates.
 

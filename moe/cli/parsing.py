@@ -25,6 +25,7 @@ from moe.config import (
     BUILTIN_EXPERTS,
     COMPRESSIONS,
     DHT_MIN_EXPIRATION_S,
+    MAX_BLOCKS,
     OPTIMIZERS,
     SCHEDULERS,
     HandlerConfig,
@@ -32,7 +33,7 @@ from moe.config import (
     ServerConfig,
 )
 from moe.errors import ConfigError
-from moe.expert_uid import UidPattern, is_valid_uid
+from moe.expert_uid import UidPattern, block_range, is_valid_prefix, is_valid_uid
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,12 @@ def build_server_parser() -> Parser:
         "random. Use either num_experts and this, or expert_uids",
     )
     add("--expert_uids", nargs="*", help="the exact uids to serve, instead of num_experts and expert_pattern")
+    add(
+        "--block_indices",
+        help='serve these blocks of a model, e.g. "0:3" for blocks 0, 1 and 2, instead of the three above',
+    )
+    add("--block_prefix", default="block.", help='what the uids of blocks begin with (default: "block.")')
+    add("--total_blocks", type=positive_int, help="blocks of the model (default: up to the end of block_indices)")
     add("--expert_cls", default="ffn", help=f"kind of expert: {', '.join(BUILTIN_EXPERTS)}, or your own (default: ffn)")
     add("--hidden_dim", type=positive_int, default=1024, help="main size of an expert (default: 1024)")
     add("--custom_module_path", help="python file that registers your own experts with register_expert_class")
@@ -307,6 +314,7 @@ def parse_server_options(argv: Sequence[str] | None = None) -> argparse.Namespac
     del options.config
     try:
         _check_experts(options)
+        _check_blocks(options)
         _check_training(options)
         _check_network(options)
         _check_paths(options)
@@ -316,6 +324,23 @@ def parse_server_options(argv: Sequence[str] | None = None) -> argparse.Namespac
     for warning in _settings_without_effect(options):
         logger.warning(warning)
     return options
+
+
+def _check_blocks(options: argparse.Namespace) -> None:
+    if not is_valid_prefix(options.block_prefix):
+        raise ConfigError(f"block_prefix: expected a name and a dot, such as 'block.', got {options.block_prefix!r}")
+    if options.total_blocks is not None and options.total_blocks > MAX_BLOCKS:
+        raise ConfigError(f"total_blocks: expected {MAX_BLOCKS} at most, got {options.total_blocks}")
+    if options.block_indices is None:
+        return
+    for name in ("num_experts", "expert_uids", "expert_pattern"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"block_indices says which experts to serve; it cannot be combined with {name}")
+    indices, total = block_range(options.block_indices), options.total_blocks
+    if indices.stop > (MAX_BLOCKS if total is None else total):
+        raise ConfigError(
+            f"block_indices: {options.block_indices} ends beyond the {total or MAX_BLOCKS} blocks of the model"
+        )
 
 
 def _check_experts(options: argparse.Namespace) -> None:
@@ -408,6 +433,8 @@ def _check_file_to_write(name: str, path: Path, *, to_replace: bool) -> None:
 
 def _settings_without_effect(options: argparse.Namespace) -> Iterable[str]:
     """Settings that are harmless but ignored: an old command line may have them, so they are no error."""
+    if options.block_indices is None and options.total_blocks is not None:
+        yield "total_blocks has no effect without block_indices"
     if options.scheduler == "none":
         for name in ("num_warmup_steps", "num_training_steps"):
             if getattr(options, name) is not None:

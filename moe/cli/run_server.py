@@ -34,10 +34,10 @@ CHECK_PERIOD_S = 1.0  # how often to look at the server when nothing is to be re
 
 # What Server.create takes under the name of the flag. The rest is translated in create_arguments.
 CREATE_ARGUMENTS = (
-    "announce_maddrs", "checkpoint_dir", "clip_grad_norm", "custom_module_path", "detect_anomalies", "device",
-    "expert_cls", "expert_pattern", "expert_uids", "expiration", "hidden_dim", "host_maddrs", "identity_path",
-    "initial_peers", "max_batch_size", "min_batch_size", "num_experts", "num_handlers", "num_training_steps",
-    "num_warmup_steps", "scheduler", "update_period", "use_auto_relay", "use_relay",
+    "announce_maddrs", "block_indices", "block_prefix", "checkpoint_dir", "clip_grad_norm", "custom_module_path",
+    "detect_anomalies", "device", "expert_cls", "expert_pattern", "expert_uids", "expiration", "hidden_dim", "host_maddrs",
+    "identity_path", "initial_peers", "max_batch_size", "min_batch_size", "num_experts", "num_handlers",
+    "num_training_steps", "num_warmup_steps", "scheduler", "total_blocks", "update_period", "use_auto_relay", "use_relay",
 )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
     from moe.server.checkpoints import find_checkpointed_uids
 
     arguments = {name: getattr(options, name) for name in CREATE_ARGUMENTS}
-    if options.num_experts is None and options.expert_uids is None:
+    if (options.num_experts, options.expert_uids, options.block_indices) == (None, None, None):
         found = find_checkpointed_uids(options.checkpoint_dir) if options.checkpoint_dir is not None else []
         arguments["num_experts"] = max(1, len(found))
     if options.optimizer == "none":

@@ -1,4 +1,4 @@
-"""How settings become a server's parts. Owns: hivemind's ``Server.create`` parameters, their checks, and choosing uids.
+"""How settings become a server's parts. Owns: the parameters of ``Server.create``, their checks, and choosing uids.
 
 Everything is checked before the first process starts; what fails later stops what was started. Must not know: how parts run.
 """
@@ -17,8 +17,9 @@ import torch
 from moe.config import HandlerConfig, PoolConfig, ServerConfig, replace_known
 from moe.dht import DHT, find_experts, start_dht, stop_dht
 from moe.errors import ConfigError
-from moe.expert_uid import UID_DELIMITER, UID_PATTERN, UidPattern, is_valid_uid
+from moe.expert_uid import UID_DELIMITER, UID_PATTERN, UidPattern, block_range, is_valid_uid
 from moe.schema import Compression
+from moe.server.blocks import BlockSource, seed_of, seeded
 from moe.server.checkpoints import find_checkpointed_uids, load_experts
 from moe.server.expert_backend import ExpertBackend
 from moe.server.layers import (
@@ -67,6 +68,10 @@ def assemble(
     update_period: float = 30,
     expiration: float | None = None,
     *,
+    block_indices: str | None = None,
+    block_prefix: str = "block.",
+    total_blocks: int | None = None,
+    blocks: BlockSource | None = None,
     accumulate_steps: int = 1,
     checkpoint_period_s: float | None = None,
     keep_checkpoints: int | None = None,
@@ -103,6 +108,11 @@ def assemble(
     :param custom_module_path: a file that registers expert classes
     :param update_period: seconds between announcements
     :param expiration: seconds an announcement lives
+    :param block_indices: ``"FIRST:END"``: host these blocks of a model; instead of ``num_experts`` and ``expert_uids``
+    :param block_prefix: blocks are experts of ``expert_cls`` with uids ``{block_prefix}{index}``; they begin with the same
+        random weights on every server, unless ``checkpoint_dir`` has others
+    :param total_blocks: blocks of the model; default: those up to the end of ``block_indices``
+    :param blocks: a model that is made in another way, instead of ``expert_cls``, ``block_prefix`` and ``total_blocks``
     :param direct: offer direct links next to libp2p; with ``direct_port`` and ``direct_hosts``, see ServerConfig
     :param dht_options: forwarded to hivemind's DHT and P2P
     :raises ConfigError: wrong or contradicting settings; nothing was started
@@ -112,7 +122,14 @@ def assemble(
         raise ConfigError(f"expert_uids is a list of uids, got the string {expert_uids!r}")
     exact = expert_pattern is None and num_experts is None and expert_uids is not None
     generated = num_experts is not None and expert_uids is None
-    if not exact and not generated:
+    of_model = block_indices is not None
+    if of_model and (num_experts, expert_uids, expert_pattern) != (None, None, None):
+        raise ConfigError(
+            "block_indices says which experts to host; leave out num_experts, expert_uids and expert_pattern"
+        )
+    if blocks is not None and not of_model:
+        raise ConfigError("blocks: say which ones to host with block_indices")
+    if not exact and not generated and not of_model:
         raise ConfigError(
             "Please provide either expert_uids *or* num_experts (possibly with expert_pattern), but not both"
         )
@@ -139,7 +156,7 @@ def assemble(
     check_codec_available(compression)
     if custom_module_path is not None:
         add_custom_models_from_file(custom_module_path)
-    schema = expert_schema(expert_cls, hidden_dim, compression)
+    schema = {} if blocks is not None else expert_schema(expert_cls, hidden_dim, compression)
     if optim_cls is None and (scheduler != "none" or clip_grad_norm is not None):
         raise ConfigError("scheduler and clip_grad_norm need an optimizer")
     if scheduler not in schedule_name_to_scheduler:
@@ -167,15 +184,28 @@ def assemble(
             detect_anomalies=detect_anomalies,
         ),
     )
-    make("check.0")  # everything that can be wrong with the module, optimizer and schedule shows here
+    if blocks is None:
+        make("check.0")  # everything that can be wrong with the module, optimizer and schedule shows here
+    own_blocks = range(0)
+    if block_indices is not None:
+        own_blocks = block_range(block_indices)
+        blocks = blocks or BlockSource(
+            prefix=block_prefix,
+            total=own_blocks.stop if total_blocks is None else total_blocks,
+            make=partial(_make_block, prefix=block_prefix, make=make, checkpoint_path=checkpoint_path),
+        )
+        blocks.check(own_blocks)
 
     dht = start_dht(initial_peers, start_timeout_s=server_config.start_timeout_s, **dht_options)
     try:
         if generated and len(uids) < (num_experts or 0):
             uids += generate_uids((num_experts or 0) - len(uids), pattern, dht, taken=set(uids))
-        backends = {uid: make(uid) for uid in uids}
-        if checkpoint_path is not None:
-            load_experts(backends, checkpoint_path)
+        if blocks is not None:
+            backends = blocks.make_all(own_blocks)
+        else:
+            backends = {uid: make(uid) for uid in uids}
+            if checkpoint_path is not None:
+                load_experts(backends, checkpoint_path)
     except BaseException:
         stop_dht(dht)
         raise
@@ -208,6 +238,18 @@ def _make_backend(
     if clip_grad_norm is not None and optimizer is not None:
         optimizer = ClippingWrapper(optimizer, clip_grad_norm)
     return ExpertBackend(uid, module, optimizer, scheduler=lr_scheduler, **schema, **options)
+
+
+def _make_block(
+    index: int, *, prefix: str, make: partial[ExpertBackend], checkpoint_path: Path | None
+) -> ExpertBackend:
+    """A block of a model of registered experts: from its checkpoint, else with the same random weights as on other servers."""
+    uid = f"{prefix}{index}"
+    seed = seed_of(make.keywords["expert_cls"], make.keywords["hidden_dim"], uid)
+    backend = seeded(seed, partial(make, uid))
+    if checkpoint_path is not None and uid in find_checkpointed_uids(checkpoint_path):
+        load_experts({uid: backend}, checkpoint_path)
+    return backend
 
 
 def _saved_uids(checkpoint_dir: Path, num_experts: int) -> list[str]:

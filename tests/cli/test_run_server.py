@@ -120,6 +120,10 @@ def test_has_every_flag_of_hivemind_with_its_default() -> None:
         (["--direct_hosts", "a.example", "10.0.0.1"], "direct_hosts", ["a.example", "10.0.0.1"]),
         (["--peers_file", "peers.txt"], "peers_file", Path("peers.txt")),
         (["--torch_threads", "2"], "torch_threads", 2),
+        (["--block_indices", "2:5"], "block_indices", "2:5"),
+        (["--block_indices", "0:3", "--total_blocks", "12"], "total_blocks", 12),
+        (["--block_indices", "0:3", "--block_prefix", "bert."], "block_prefix", "bert."),
+        ([], "block_prefix", "block."),
     ],
 )  # fmt: skip
 def test_flags(argv: list[str], name: str, value: object) -> None:
@@ -178,6 +182,14 @@ def test_config_yml_is_read_if_present(tmp_path: Path) -> None:
         (["--expert_uids", "ffn.0", "ffn.0"], "ffn.0 is given more than once"),
         (["--expert_pattern", "ffn.[0:x]"], "Expert pattern ffn.[0:x] has invalid block [0:x]"),
         (["--expert_pattern", "ffn.[0:4]", "--num_experts", "5"], "has 4 uids, fewer than num_experts (5)"),
+        (["--block_indices", "3"], "expected FIRST:END, such as 0:3 for blocks 0, 1 and 2, got '3'"),
+        (["--block_indices", "3:3"], "expected FIRST:END"),
+        (["--block_indices", "0:3", "--num_experts", "3"], "block_indices says which experts to serve"),
+        (["--block_indices", "0:3", "--expert_uids", "a.0"], "it cannot be combined with expert_uids"),
+        (["--block_indices", "0:3", "--total_blocks", "2"], "0:3 ends beyond the 2 blocks of the model"),
+        (["--block_indices", "0:9999"], "ends beyond the 4096 blocks"),
+        (["--block_indices", "0:3", "--block_prefix", "block"], "expected a name and a dot, such as 'block.', got 'block'"),
+        (["--total_blocks", "5000"], "total_blocks: expected 4096 at most, got 5000"),
         (["--expert_cls", "fnn"], f"'fnn' is not one of the built-in experts {', '.join(BUILTIN_EXPERTS)}"),
         (["--custom_module_path", "gone.py"], "custom_module_path: there is no file gone.py"),
         (["--custom_module_path", "."], "custom_module_path: there is no file ."),
@@ -245,6 +257,7 @@ def test_bad_config_files_are_refused(config: str, tmp_path: Path, capsys: pytes
     [
         (["--num_training_steps", "5"], "num_training_steps has no effect without a scheduler"),
         (["--scheduler", "constant", "--num_training_steps", "5"], "no effect with scheduler 'constant'"),
+        (["--total_blocks", "5"], "total_blocks has no effect without block_indices"),
         (["--keep_checkpoints", "5"], "keep_checkpoints has no effect without checkpoint_dir"),
     ],
 )
@@ -286,6 +299,7 @@ def test_arguments_are_those_of_server_create() -> None:
     dht = {"host_maddrs", "announce_maddrs", "use_relay", "use_auto_relay", "identity_path"}
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s"}
     ours |= {"direct", "direct_port", "direct_hosts"}
+    ours |= {"block_indices", "block_prefix", "total_blocks"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
     arguments = run_server.create_arguments(parse())
     assert set(arguments) == (set(stock) - not_from_here) | dht | ours
@@ -322,6 +336,7 @@ def test_number_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run_server.create_arguments(parse(*in_directory))["num_experts"] == 3
     assert run_server.create_arguments(parse(*in_directory, "--num_experts", "7"))["num_experts"] == 7
     assert run_server.create_arguments(parse(*in_directory, "--expert_uids", "ffn.9"))["num_experts"] is None
+    assert run_server.create_arguments(parse(*in_directory, "--block_indices", "0:9"))["num_experts"] is None
     found.clear()
     assert run_server.create_arguments(parse(*in_directory))["num_experts"] == 1
 
