@@ -38,9 +38,11 @@ from moe.dht import (
     declare_experts,
     fetch_prefixes,
     find_experts,
+    find_servers,
     get_dht_time,
     list_servers,
     peers_line,
+    ping_peers,
     resolve_p2p,
     retract_experts,
     start_dht,
@@ -186,13 +188,15 @@ def test_malformed_records_of_servers_are_skipped_with_a_warning(caplog):
         7: {"runs": [0, 1], "pending_tasks": 0},
         OTHER: {"runs": [0, 2**61], "pending_tasks": 0},
     }
-    for i, value in enumerate([1, [], {}, {"runs": [0, 1]}, {"runs": [0, 1], "pending_tasks": math.nan}]):
+    rates = [{"runs": [0, 1], "pending_tasks": 0, "throughput_rows_per_s": rate} for rate in (None, "9", -1, math.inf)]
+    pending = [{"runs": [0, 1], "pending_tasks": tasks} for tasks in (math.nan, 10**30)]
+    for i, value in enumerate([1, [], {}, {"runs": [0, 1]}, *pending, *rates]):
         hostile[PeerID(b"%d" % i).to_base58()] = value  # type: ignore[assignment]
     found = {key: Record(value, 5.0) for key, value in hostile.items()}
-    found[ME] = Record({"runs": [3, 2], "pending_tasks": 4, "new": 1}, 6.0)
+    found[ME] = Record({"runs": [3, 2], "pending_tasks": 4, "throughput_rows_per_s": 9, "new": 1}, 6.0)
     found[THIRD] = Record(None, 7.0)
     servers = rec.read_hosted("key", found, PeerIDs())
-    assert servers == {ALICE: rec.Hosted([3, 2], 4, 6.0), CAROL: rec.Hosted((), math.inf, 7.0)}
+    assert servers == {ALICE: rec.Hosted([3, 2], 4, 6.0, 9), CAROL: rec.Hosted((), math.inf, 7.0)}
     assert list(servers) == [ALICE, CAROL], "least loaded first"
     assert len(caplog.records) == len(hostile)
 
@@ -238,7 +242,7 @@ def test_own_facts_after_some_and_after_all_experts_have_left():
     found = found_of(rec.own_records(uids, ME, facts), rec.own_records(["ffn.3.7"], OTHER, facts))
     planned = {place: record.value for place, record in rec.replace_own({"ffn.3.7", "ffn.4.0"}, found, ME).items()}
     assert planned == {
-        (rec.hosted_key("ffn.3."), ME): {"runs": [8, 1], "pending_tasks": 0},
+        (rec.hosted_key("ffn.3."), ME): {"runs": [8, 1], "pending_tasks": 0, "throughput_rows_per_s": 0.0},
         (rec.hosted_key("ffn.4."), ME): None,
         (DIRECTORY_KEY, ME): {**facts, "parts": 1},
         (rec.part_key(ME, 0), None): [["ffn.3.", [8, 1]]],
@@ -378,6 +382,45 @@ def test_several_servers_of_one_expert(peers):
     assert fetch_prefixes(c, ["shared.0."])["shared.0."][1].expert.peer_id == a.peer_id
     retract_experts(a, ["shared.0.1"])
     assert hosts(c, "shared.0.1") == [[]]
+
+
+def test_servers_of_blocks_with_their_load_and_speed(peers):
+    a, b, c = peers
+    ends = get_dht_time() + 60
+    blocks = [f"row.{i}" for i in range(6)]
+    declare_experts(a, blocks[:4], ends, info=ServerInfo(pending_tasks=3, throughput_rows_per_s=7.5))
+    declare_experts(b, [*blocks[2:4], "other.1.2"], ends + 5, info=ServerInfo())
+    declare_experts(b, blocks[5:], ends - 5)  # as a stock server: only the stock record
+
+    def look(*uids: str) -> dict[str, ServerInfo]:
+        return {server.peer_id: server for server in find_servers(c, uids) if server.peer_id is not None}
+
+    found = look(*blocks, "row.9", "no uid")
+    assert list(found) == sorted([a.peer_id.to_base58(), b.peer_id.to_base58()])
+    first, second = found[a.peer_id.to_base58()], found[b.peer_id.to_base58()]
+    assert first.uids == tuple(blocks[:4])
+    assert (first.pending_tasks, first.throughput_rows_per_s) == (3, 7.5)
+    assert first.expiration_time == pytest.approx(ends)
+    assert second.uids == ("row.2", "row.3"), "the stock record of row.5 is not believed: its server says otherwise"
+    assert look("row.4", "row.5") == {}
+    assert look("row.1", "other.1.2").keys() == found.keys()
+    retract_experts(a, blocks[:4])
+    assert look(*blocks).keys() == {b.peer_id.to_base58()}
+    retract_experts(b, blocks[2:4])
+    assert find_servers(c, []) == find_servers(c, blocks) == []
+    declare_experts(a, ["alone.0"], get_dht_time() + 30)
+    assert look("alone.0").keys() == {a.peer_id.to_base58()}, "of a server that tells nothing else"
+    with pytest.raises(ConfigError):
+        find_servers(c, "row.1")
+
+
+def test_round_trips(peers):
+    a, b, _ = peers
+    nobody = PeerID.from_base58("QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC").to_base58()
+    measured = ping_peers(a, [b.peer_id.to_base58(), nobody, "no peer"])
+    assert 0 < measured[b.peer_id.to_base58()] < 2
+    assert measured[nobody] == measured["no peer"] == math.inf
+    assert ping_peers(a, []) == {}
 
 
 def test_retracted_experts_vanish_at_once_for_readers_that_have_seen_them(peers):

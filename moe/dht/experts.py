@@ -8,6 +8,7 @@ and merge what they know. Functions that take a ``node`` run inside the DHT proc
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import logging
 import math
@@ -26,6 +27,7 @@ from moe.dht.records import (
     MAX_UIDS,
     TOMBSTONE_EDGE_S,
     FoundExpert,
+    Hosted,
     PeerIDs,
     Place,
     Record,
@@ -277,29 +279,96 @@ def find_experts(
 async def _find(node: DHTNode, uids: list[ExpertUID], alive_at: float | None) -> list[FoundExpert | None]:
     now = get_dht_time()
     alive_at = now if alive_at is None else max(alive_at, now)
-    peer_ids = PeerIDs()
-    asked = {uid: hosted_key(split_uid(uid)[0]) for uid in uids if is_valid_uid(uid)}
-    stock, own = await asyncio.gather(_read(node, asked, latest=False), _read(node, asked.values(), latest=True))
-    by_own_word = {key: read_hosted(key, records, peer_ids) for key, records in own.items()}
+    stock, by_own_word = await _read_hosts(node, uids)
 
-    def look(uid: ExpertUID) -> tuple[FoundExpert | None, bool]:
-        """Who hosts the expert as far as known, and whether the stock record has been retracted."""
-        record, servers, coordinate = stock[uid].get(None), by_own_word[asked[uid]], split_uid(uid)[1]
-        ends: dict[PeerID, float] = {}
-        retracted = False
-        if record is not None:
-            first = peer_ids.read(record.value)
-            retracted = first is None or (first in servers and not servers[first].hosts(coordinate))
-            if first is not None and not retracted and record.expiration_time >= alive_at:
-                ends[first] = record.expiration_time
-        for peer_id, server in servers.items():
+    def look(uid: ExpertUID) -> FoundExpert | None:
+        prefix, coordinate = split_uid(uid)
+        ends = dict(peer for peer in [stock.get(uid)] if peer is not None and peer[1] >= alive_at)
+        for peer_id, server in by_own_word[prefix].items():
             if server.hosts(coordinate) and server.expiration_time >= alive_at:
                 ends[peer_id] = max(server.expiration_time, ends.get(peer_id, 0.0))
-        return (FoundExpert(uid, tuple(ends), max(ends.values())) if ends else None), retracted
+        return FoundExpert(uid, tuple(ends), max(ends.values())) if ends else None
+
+    return [look(uid) if is_valid_uid(uid) else None for uid in uids]
+
+
+async def _read_hosts(
+    node: DHTNode, uids: Iterable[ExpertUID]
+) -> tuple[dict[ExpertUID, tuple[PeerID, float]], dict[ExpertPrefix, dict[PeerID, Hosted]]]:
+    """What is known of who hosts these experts, as far as their uids are valid.
+
+    :returns: by uid, the peer of the stock record and when that ends, unless the peer itself says otherwise; by prefix,
+        the servers by their own word, least loaded first
+    """
+    peer_ids = PeerIDs()
+    asked = {uid: split_uid(uid) for uid in uids if is_valid_uid(uid)}
+    keys = {prefix: hosted_key(prefix) for prefix, _ in asked.values()}
+    stock, own = await asyncio.gather(_read(node, asked, latest=False), _read(node, keys.values(), latest=True))
+    by_own_word = {prefix: read_hosted(key, own[key], peer_ids) for prefix, key in keys.items()}
+
+    def believed(uid: ExpertUID) -> tuple[PeerID, float] | None:
+        record = stock[uid].get(None)
+        peer_id = peer_ids.read(record.value) if record is not None else None
+        if record is None or peer_id is None:
+            return None
+        prefix, coordinate = asked[uid]
+        server = by_own_word[prefix].get(peer_id)
+        return (peer_id, record.expiration_time) if server is None or server.hosts(coordinate) else None
 
     # what this node remembers of a retracted record may be older than another server's new one
-    stock.update(await _read(node, [uid for uid in asked if look(uid)[1]], latest=True))
-    return [look(uid)[0] if uid in asked else None for uid in uids]
+    retracted = [uid for uid in asked if None in stock[uid] and believed(uid) is None]
+    stock.update(await _read(node, retracted, latest=True))
+    return {uid: peer for uid in asked if (peer := believed(uid)) is not None}, by_own_word
+
+
+def find_servers(dht: DHT, uids: Sequence[ExpertUID], timeout_s: float = DEFAULT_TIMEOUT_S) -> list[ServerInfo]:
+    """All live servers of any of these experts. One record is read for each uid and one for each prefix, however many
+    servers there are.
+
+    :returns: for each server its peer id, which of these experts it hosts, its load and speed as far as it told them (a
+        stock server does not: zeros), and when the first of what it said ends; by peer id
+    :raises ConfigError: if uids is a string
+    :raises CallTimeout: if this takes too long
+    :raises LifecycleError: if the DHT is not running
+    """
+    if isinstance(uids, str):
+        raise ConfigError("Please send a list / tuple of expert uids.")
+    if not uids:
+        return []
+    return call(dht, f"finding servers of {len(uids)} experts", _find_servers, list(uids), timeout_s=timeout_s)
+
+
+async def _find_servers(node: DHTNode, uids: list[ExpertUID]) -> list[ServerInfo]:
+    now = get_dht_time()
+    stock, by_own_word = await _read_hosts(node, uids)
+    hosted: dict[str, list[ExpertUID]] = {}
+    words: dict[str, list[Hosted]] = {}
+
+    def add(peer_id: PeerID, names: list[ExpertUID], word: Hosted) -> None:
+        if names and word.expiration_time > now:
+            hosted.setdefault(peer_id.to_base58(), []).extend(names)
+            words.setdefault(peer_id.to_base58(), []).append(word)
+
+    for prefix, servers in by_own_word.items():
+        coordinates = sorted({split_uid(uid)[1] for uid in uids if is_valid_uid(uid) and split_uid(uid)[0] == prefix})
+        names = [f"{prefix}{coordinate}" for coordinate in coordinates]
+        for peer_id, server in servers.items():  # not each server asked for each coordinate: there may be thousands
+            ends = [(start, start + length) for start, length in zip(server.runs[::2], server.runs[1::2])]
+            slices = ((bisect.bisect_left(coordinates, a), bisect.bisect_left(coordinates, b)) for a, b in ends)
+            add(peer_id, [name for a, b in slices for name in names[a:b]], server)
+    for uid, (peer_id, expiration_time) in stock.items():
+        if uid not in hosted.get(peer_id.to_base58(), ()):
+            add(peer_id, [uid], Hosted((), 0, expiration_time))
+    return [
+        ServerInfo(
+            uids=tuple(hosted[peer]),
+            throughput_rows_per_s=max(word.throughput_rows_per_s for word in words[peer]),
+            pending_tasks=int(max(word.pending_tasks for word in words[peer])),
+            peer_id=peer,
+            expiration_time=min(word.expiration_time for word in words[peer]),
+        )
+        for peer in sorted(hosted)
+    ]
 
 
 def fetch_prefixes(

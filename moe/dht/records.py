@@ -3,7 +3,7 @@
 Stock records, exactly hivemind's: ``uid -> peer id`` and, for each prefix, ``(prefix, coordinate) -> (uid, peer id)``.
 Our own facts, under keys that stock readers never look at:
 
-- ``_moe.experts.{prefix}``, one subkey per server: which coordinates under the prefix it hosts, and its load. One
+- ``_moe.experts.{prefix}``, one subkey per server: which coordinates under the prefix it hosts, its load and speed. One
   record for all experts of a prefix: a record per expert doubled the time to announce 1024 experts (4 s to 8 s).
 - ``_moe.servers``, one subkey per server: its ServerInfo without uids, 171 bytes with two addresses, so that one
   message of the DHT (4 MiB) holds over 15,000 servers. The uids are at ``_moe.server.{peer id}.{part}``, in parts of
@@ -51,7 +51,8 @@ _COORDINATES_PER_ENTRY = 1024  # of one prefix in one entry of a part
 
 Place = tuple[str, "Coordinate | str | None"]  # key and subkey; None: the key has a plain value
 Text = Annotated[str, msgspec.Meta(max_length=128)]
-Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+MAX_AMOUNT = 1e18
+Amount = Annotated[float, msgspec.Meta(ge=0, le=MAX_AMOUNT)]
 Addresses = Annotated[tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=16)]
 
 
@@ -186,8 +187,8 @@ def own_records(uids: Iterable[ExpertUID], peer: str, facts: Mapping[str, Any]) 
     records.update({(part_key(peer, i), None): part for i, part in enumerate(parts)})
     if facts["state"] == ServerState.ONLINE:
         for prefix, coordinates in grouped.items():
-            hosted = {"runs": to_runs(coordinates), "pending_tasks": facts["pending_tasks"]}
-            records[hosted_key(prefix), peer] = hosted
+            load = {name: facts[name] for name in ("pending_tasks", "throughput_rows_per_s")}
+            records[hosted_key(prefix), peer] = {"runs": to_runs(coordinates), **load}
     return records
 
 
@@ -317,6 +318,7 @@ class Hosted(NamedTuple):
     runs: Sequence[int]
     pending_tasks: float
     expiration_time: float
+    throughput_rows_per_s: float = 0.0  # not known
 
     def hosts(self, coordinate: Coordinate) -> bool:
         """Whether it hosts the expert with this coordinate."""
@@ -338,13 +340,22 @@ def read_hosted(key: str, records: Mapping[Any, Record], peer_ids: PeerIDs) -> d
                 continue
             if not isinstance(value, dict):
                 raise ValueError(f"expected a dict, got {type(value).__name__}")
-            pending = value.get("pending_tasks")
-            if not isinstance(pending, (int, float)) or not pending >= 0:
-                raise ValueError("pending_tasks is not a number >= 0")
-            servers[peer_id] = Hosted(read_runs(value.get("runs")), pending, expiration_time)
+            servers[peer_id] = Hosted(
+                read_runs(value.get("runs")),
+                _read_amount(value, "pending_tasks"),
+                expiration_time,
+                _read_amount({"throughput_rows_per_s": 0.0, **value}, "throughput_rows_per_s"),
+            )
         except ValueError as e:
             logger.warning("skipping a malformed record of %.100r at %.200s: %s", subkey, key, e)
     return dict(sorted(servers.items(), key=lambda item: (item[1].pending_tasks, item[0].to_base58())))
+
+
+def _read_amount(value: Mapping[Any, Any], name: str) -> float:
+    amount = value.get(name)
+    if not isinstance(amount, (int, float)) or not 0 <= amount <= MAX_AMOUNT:
+        raise ValueError(f"{name} is not a number from 0 to {MAX_AMOUNT:g}")
+    return amount
 
 
 # --- what replaces the records of experts that leave ----------------------------------------------------------------
