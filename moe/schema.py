@@ -249,6 +249,11 @@ class ExpertSchema:
         return tuple(name for name in self.kwargs if name not in self.optional)
 
     @functools.cached_property
+    def arg_entries(self) -> tuple[Entry, ...]:
+        """The positional arguments, flat."""
+        return _entries(self.args, "args")
+
+    @functools.cached_property
     def output_entries(self) -> tuple[Entry, ...]:
         """The outputs, flat."""
         return _entries(self.outputs, "outputs") if self.outputs is not None else ()

@@ -15,9 +15,12 @@ from concurrent.futures import Future
 
 import torch
 
+from moe.chains import Block, Chain
 from moe.config import HandlerConfig
 from moe.errors import DeadlineExceeded, ExpertNotFound, MoEError, Overloaded, Refused, SchemaError
-from moe.schema import DTYPES, Compression, Entry, count_rows
+from moe.expert_uid import split_chain
+from moe.schema import DTYPES, Compression, count_rows
+from moe.server.chains import backward_chain, forward_chain
 from moe.server.execution import as_expert_failure
 from moe.server.expert_backend import ExpertBackend
 from moe.server.once import OnceWindow
@@ -69,11 +72,13 @@ class ConnectionHandler:
         """See ExpertService."""
         if method not in (FORWARD, BACKWARD):
             raise Refused(f"unknown method {method!r}")
-        backend = self._backend(uid)
-        if self.authorize is not None and not self.authorize(peer, method, uid):
-            raise Refused(f"this peer is not allowed to call {method}", uid=uid)
+        uids = [uid] if header is None or header.chain is None else split_chain(uid)
+        backends = [self._backend(name) for name in uids]
+        for name in dict.fromkeys(uids):
+            if self.authorize is not None and not self.authorize(peer, method, name):
+                raise Refused(f"this peer is not allowed to call {method}", uid=name)
         self.requests += 1
-        return RequestAdmission(self, backend, peer, method, header, time.monotonic())
+        return RequestAdmission(self, backends, peer, method, header, time.monotonic())
 
     def _backend(self, uid: str) -> ExpertBackend:
         backend = self.backends.get(uid)
@@ -82,34 +87,60 @@ class ConnectionHandler:
         return backend
 
 
+def _planned(backends: Sequence[ExpertBackend], header: RequestHeader | None) -> Chain:
+    """Which tensor of the request each block takes.
+
+    :raises SchemaError: if the header makes no sense
+    """
+    if header is None or header.chain is None:
+        (backend,) = backends
+        return Chain.single(backend.name, backend.schema, header.present if header is not None else ())
+    if len(header.chain) != len(backends):
+        raise SchemaError(f"a chain of {len(backends)} uids, with inputs of {len(header.chain)} blocks")
+    return Chain(
+        [
+            Block(backend.name, backend.schema, tuple(sorted(inputs.present)), inputs.tensors)
+            for backend, inputs in zip(backends, header.chain)
+        ]
+    )
+
+
 class RequestAdmission:
-    """One request between its header and its answer. See ``Admission`` in moe.transport.base."""
+    """One request between its header and its answer. See ``Admission`` in moe.transport.base.
+
+    :param backends: the blocks it asks for; a single one, or those of a chain
+    """
 
     def __init__(
         self,
         handler: ConnectionHandler,
-        backend: ExpertBackend,
+        backends: Sequence[ExpertBackend],
         peer: str,
         method: str,
         header: RequestHeader | None,
         now: float,
     ):
-        self._handler, self._backend, self._peer, self._method, self._header = handler, backend, peer, method, header
-        self._present = tuple(sorted(header.present)) if header is not None else ()
-        self._entries = self._expected_entries()
+        self._handler, self._backends, self._peer, self._method, self._header = handler, backends, peer, method, header
+        self._chain = _planned(backends, header)
+        inputs = self._chain.entries
+        self._wants = tuple(entry.proto.is_floating_point for entry in inputs)
+        if header is not None and header.wants_grad is not None:
+            if len(header.wants_grad) != len(inputs):
+                raise SchemaError(
+                    f"wants_grad: expected {len(inputs)} flags, one per input, got {len(header.wants_grad)}"
+                )
+            self._wants = tuple(wanted and floating for wanted, floating in zip(header.wants_grad, self._wants))
+        self._entries = inputs
+        if method == BACKWARD:
+            self._entries += backends[-1].gradient_entries(stock=header is None)
+        self._max_rows = min(backend.max_batch_size for backend in backends)
         self._shapes: list[tuple[int, ...]] = []
         self._bytes = 0
+        self._queue_s = self._compute_s = 0.0
         limit_s = handler.config.request_timeout_s
         if header is not None and header.time_left_s is not None:
             limit_s = min(limit_s, header.time_left_s)
         self._deadline = now + limit_s
-
-    def _expected_entries(self) -> tuple[Entry, ...]:
-        stock_count = None
-        if self._method == BACKWARD and self._header is None:
-            schema = self._backend.schema
-            stock_count = len(schema.input_entries(())) + len(schema.output_entries)
-        return self._backend.task_entries(self._method, self._present, stock_count)
 
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """Check a tensor's declaration against the schema and the limits, before any memory is taken for it."""
@@ -119,27 +150,31 @@ class RequestAdmission:
                 f"({', '.join(entry.path for entry in self._entries[:20])}), got more"
             )
         entry = self._entries[index]
-        problem = entry.proto.mismatch(shape, dtype)
-        if problem is not None:
-            raise SchemaError(f"{entry.path}: {problem}")
+        for user in self._chain.users[index] if index < len(self._chain.users) else (entry,):
+            problem = user.proto.mismatch(shape, dtype)
+            if problem is not None:
+                raise SchemaError(f"{user.path}: {problem}")
         self._shapes.append(shape)
         rows = count_rows(self._entries, self._shapes)
-        if entry.proto.batched and rows > self._backend.max_batch_size:
-            raise SchemaError(
-                f"{entry.path}: {rows} rows, at most {self._backend.max_batch_size} are taken in one request; split it"
-            )
+        if entry.proto.batched and rows > self._max_rows:
+            raise SchemaError(f"{entry.path}: {rows} rows, at most {self._max_rows} are taken in one request; split it")
         encoded = max_encoded_bytes(shape, DTYPES[dtype], codec)
         size = encoded if codec == Compression.NONE else encoded + math.prod(shape) * DTYPES[dtype].itemsize
-        config = self._handler.config
-        if self._bytes + size > config.max_request_bytes:
+        if self._bytes + size > self._handler.config.max_request_bytes:
             raise SchemaError(
-                f"{entry.path}: with it the request exceeds {config.max_request_bytes} bytes, the most this server takes"
+                f"{entry.path}: with it the request exceeds {self._handler.config.max_request_bytes} bytes, the most "
+                f"this server takes"
             )
-        if self._handler.inflight_bytes + size > config.max_inflight_bytes:
-            raise Overloaded(f"{self._handler.inflight_bytes} bytes of requests are in flight already; try again later")
-        self._bytes += size
-        self._handler.inflight_bytes += size
+        self._hold(size)
         return encoded
+
+    def _hold(self, size_bytes: int) -> None:
+        """Count memory as in flight until ``release``."""
+        handler = self._handler
+        if handler.inflight_bytes + size_bytes > handler.config.max_inflight_bytes:
+            raise Overloaded(f"{handler.inflight_bytes} bytes of requests are in flight already; try again later")
+        self._bytes += size_bytes
+        handler.inflight_bytes += size_bytes
 
     def release(self) -> None:
         """Give back the bytes held in flight."""
@@ -147,41 +182,67 @@ class RequestAdmission:
         self._bytes = 0
 
     async def run(self, tensors: Sequence[torch.Tensor]) -> Reply:
-        """Wait for the expert's answer, until the caller's deadline."""
-        first = await self._submit(tensors)
-        try:
-            outcome = await self._wait(first.future)
-        except MoEError:
-            raise
-        except Exception as e:
-            raise as_expert_failure(e) from None
-        return self._reply(first, outcome)
-
-    async def _submit(self, tensors: Sequence[torch.Tensor]) -> Task:
-        """A new task in its pool, or the one that a repeated request id belongs to."""
-        wants = self._header.wants_grad if self._header is not None else None
-        arguments = (self._method, tensors, self._present, wants)
-        if sum(t.nbytes for t, e in zip(tensors, self._entries) if not e.proto.batched) > _HASH_IN_THREAD_BYTES:
-            make = asyncio.get_running_loop().run_in_executor(None, self._backend.make_task, *arguments)
-            task = await make
-        else:
-            task = self._backend.make_task(*arguments)
-        task.deadline, task.peer = self._deadline, self._peer
+        """Wait for the expert's answer, or for those of a chain's blocks, until the caller's deadline."""
+        if len(tensors) != len(self._entries):
+            names = ", ".join(entry.path for entry in self._entries[:20])
+            raise SchemaError(f"{self._method}: expected {len(self._entries)} tensors ({names}), got {len(tensors)}")
         if self._method == FORWARD:
-            self._backend.forward_pool.submit(task)
-            return task
-        return self._submit_once(task)
+            return self._outputs(await forward_chain(self._chain, tensors, self._ask))
+        trainable = [backend.optimizer is not None for backend in self._backends]
+        return self._gradients(await backward_chain(self._chain, tensors, self._wants, trainable, self._ask))
 
-    def _submit_once(self, task: Task) -> Task:
-        once, request_id = self._handler.once, self._header.request_id if self._header is not None else None
-        if request_id is None:  # a stock peer
-            self._backend.backward_pool.submit(task)
-            return task
-        key = (self._peer, self._backend.name, request_id)
+    async def _ask(
+        self, index: int, method: str, tensors: list[torch.Tensor], wants: tuple[bool, ...] | None
+    ) -> TaskResult:
+        """One block's answer."""
+        backend = self._backends[index]
+        try:
+            task = await self._submit(index, method, tensors, wants)
+            result = await self._wait(task.future, method)
+        except Exception as e:
+            error = e if isinstance(e, MoEError) else as_expert_failure(e)
+            if len(self._backends) > 1:
+                raise type(error)(f"{backend.name}: {error.message}", uid=backend.name) from None
+            raise error from None
+        self._queue_s += task.started_at - task.submitted_at
+        self._compute_s += task.finished_at - task.started_at
+        if method != self._method:  # what a chain's backward keeps: inputs of its blocks
+            result = own_memory(result)
+            self._hold(sum(tensor.nbytes for tensor in result if tensor is not None))
+        return result
+
+    async def _submit(
+        self, index: int, method: str, tensors: list[torch.Tensor], wants: tuple[bool, ...] | None
+    ) -> Task:
+        """A new task in its pool, or the one that a repeated request id belongs to."""
+        backend, block = self._backends[index], self._chain.blocks[index]
+        arguments = (method, tensors, block.present, wants)
+        if sum(t.nbytes for t, e in zip(tensors, block.entries) if not e.proto.batched) > _HASH_IN_THREAD_BYTES:
+            task = await asyncio.get_running_loop().run_in_executor(None, backend.make_task, *arguments)
+        else:
+            task = backend.make_task(*arguments)
+        task.deadline, task.peer = self._deadline, self._peer
+        request_id = self._request_id(index)
+        if method == FORWARD:
+            backend.forward_pool.submit(task)
+        elif request_id is None:  # a stock peer
+            backend.backward_pool.submit(task)
+        else:
+            return self._submit_once(backend, task, request_id)
+        return task
+
+    def _request_id(self, index: int) -> bytes | None:
+        if self._header is None:
+            return None
+        return self._header.request_id if self._header.chain is None else self._header.chain[index].request_id
+
+    def _submit_once(self, backend: ExpertBackend, task: Task, request_id: bytes) -> Task:
+        once = self._handler.once
+        key = (self._peer, backend.name, request_id)
         first = once.find(key, time.monotonic())
         if first is not None:
             return first
-        self._backend.backward_pool.submit(task)
+        backend.backward_pool.submit(task)
         once.begin(key, task)
         loop = asyncio.get_running_loop()
 
@@ -190,9 +251,7 @@ class RequestAdmission:
                 once.abandon(key)
             else:
                 answer = future.result()
-                for i, grad in enumerate(answer):
-                    if grad is not None and grad.untyped_storage().nbytes() > grad.nbytes:
-                        answer[i] = grad.clone()  # rows of a batch would keep the whole batch in memory
+                answer[:] = own_memory(answer)
                 size_bytes = sum(grad.nbytes for grad in answer if grad is not None)
                 once.finish(key, size_bytes, time.monotonic())
                 task.tensors = []  # only the answer is kept
@@ -204,7 +263,7 @@ class RequestAdmission:
         task.future.add_done_callback(settle_in_loop)
         return task
 
-    async def _wait(self, future: Future[TaskResult]) -> TaskResult:
+    async def _wait(self, future: Future[TaskResult], method: str) -> TaskResult:
         """The task's result. By hand and not with ``wrap_future`` and ``wait_for``, which cost 40 us a call together."""
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[None] = loop.create_future()
@@ -226,24 +285,27 @@ class RequestAdmission:
             return future.result()
         finally:
             timer.cancel()
-            if self._method == FORWARD:  # a repeat of a backward may be waiting for the same task
+            if method == FORWARD:  # a repeat of a backward may be waiting for the same task
                 future.cancel()
 
-    def _reply(self, task: Task, result: TaskResult) -> Reply:
-        queue_s, compute_s = task.started_at - task.submitted_at, task.finished_at - task.started_at
-        if self._method == FORWARD:
-            protos = [entry.proto for entry in self._backend.schema.output_entries]
-            header = ReplyHeader(queue_s=queue_s, compute_s=compute_s)
-            return Reply(header, [t for t in result if t is not None], [proto.compression for proto in protos])
-        protos = [entry.proto for entry in self._entries[: len(result)]]
+    def _outputs(self, outputs: Sequence[torch.Tensor]) -> Reply:
+        header = ReplyHeader(queue_s=self._queue_s, compute_s=self._compute_s)
+        return Reply(header, outputs, [entry.proto.compression for entry in self._chain.output_entries])
+
+    def _gradients(self, grads: TaskResult) -> Reply:
+        protos = [entry.proto for entry in self._chain.entries]
         if self._header is None:  # a stock client expects a gradient for every input, integer ones included
-            shapes = self._shapes[: len(result)]
-            grads = [
+            every = [
                 torch.zeros(shape, dtype=proto.dtype) if grad is None else grad
-                for grad, shape, proto in zip(result, shapes, protos)
+                for grad, shape, proto in zip(grads, self._shapes, protos)
             ]
-            return Reply(None, grads, [proto.compression for proto in protos])
-        has_grad = tuple(grad is not None for grad in result)
-        kept = [(grad, proto.compression) for grad, proto in zip(result, protos) if grad is not None]
-        header = ReplyHeader(has_grad=has_grad, queue_s=queue_s, compute_s=compute_s)
+            return Reply(None, every, [proto.compression for proto in protos])
+        has_grad = tuple(grad is not None for grad in grads)
+        kept = [(grad, proto.compression) for grad, proto in zip(grads, protos) if grad is not None]
+        header = ReplyHeader(has_grad=has_grad, queue_s=self._queue_s, compute_s=self._compute_s)
         return Reply(header, [grad for grad, _ in kept], [codec for _, codec in kept])
+
+
+def own_memory(tensors: Sequence[torch.Tensor | None]) -> TaskResult:
+    """Copies of those that are rows of a batch and would keep the whole batch in memory; the others as they are."""
+    return [t.clone() if t is not None and t.untyped_storage().nbytes() > t.nbytes else t for t in tensors]

@@ -245,14 +245,18 @@ class ExpertBackend:
         return task
 
     def task_entries(self, operation: str, present: Sequence[str], count: int | None = None) -> tuple[Entry, ...]:
-        """The flat schema of a task's tensors. For backward, stock hivemind sends a gradient for every output, integer
-        ones included; native callers send those of floating-point outputs only: told apart by ``count``."""
+        """The flat schema of a task's tensors; for backward, whose gradients there are is told by ``count``."""
         inputs = self.schema.input_entries(tuple(present))
         if operation == "forward":
             return inputs
-        native = gradient_entries(self.schema.output_entries)
-        stock = tuple(Entry(f"grad_{path}", proto) for path, proto in self.schema.output_entries)
-        return inputs + (stock if count == len(inputs) + len(stock) else native)
+        return inputs + self.gradient_entries(stock=count == len(inputs) + len(self.schema.output_entries))
+
+    def gradient_entries(self, *, stock: bool) -> tuple[Entry, ...]:
+        """The gradients a backward task has after its inputs. Stock hivemind sends one for every output, integer ones
+        included; native callers send those of floating-point outputs only."""
+        if stock:
+            return tuple(Entry(f"grad_{path}", proto) for path, proto in self.schema.output_entries)
+        return gradient_entries(self.schema.output_entries)
 
     def _lane(self, task: Task, inputs: Sequence[Entry]) -> Any:
         own_gradient = any(wanted and not entry.proto.batched for wanted, entry in zip(task.wants_grad, inputs))

@@ -16,17 +16,31 @@ import msgspec
 from moe.errors import MoEError, ProtocolError, Refused, error_from_wire
 from moe.schema import ExpertSchema
 
-PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 0
-FEATURES = ("global_kwargs", "optional_kwargs", "gradient_mask", "once", "deadline")
+PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 1
+FEATURES = ("global_kwargs", "optional_kwargs", "gradient_mask", "once", "deadline", "chain")
 MAX_HEADER_BYTES = 64 * 1024  # ours; a header with 4096 tensors is about 8 KiB
 MAX_INFO_BYTES = 4 * 1024 * 1024  # one unary message of hivemind's P2P
 MAX_DEPTH_INFO = 24  # nesting of rpc_info
 MAX_STOCK_BATCH = 2**31 - 1  # stock servers do not tell their max_batch_size
 REQUEST_ID_BYTES = 16
+MAX_CHAIN_BLOCKS = 256  # run for one request; ours, bounds how much work a small request can ask for
 MAX_ERROR_CHARS = 2000  # of an error message on the wire
 
 RequestId = Annotated[bytes, msgspec.Meta(min_length=REQUEST_ID_BYTES, max_length=REQUEST_ID_BYTES)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
+
+
+class BlockInputs(msgspec.Struct, kw_only=True, frozen=True):
+    """What one block of a chain is given, besides what the block before it returns. See moe.chains.
+
+    :ivar present: names of the optional kwargs given to this block
+    :ivar tensors: positions, among the request's tensors, of the leaves of its kwargs, in its schema's order
+    :ivar request_id: backward only: 16 random bytes; a repeat with the same id never trains this block twice
+    """
+
+    present: Annotated[tuple[Name, ...], msgspec.Meta(max_length=4096)] = ()
+    tensors: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, lt=4096)], ...], msgspec.Meta(max_length=4096)] = ()
+    request_id: RequestId | None = None
 
 
 class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
@@ -39,6 +53,7 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     :ivar time_left_s: seconds until the caller gives up; None: the server's own limit
     :ivar present: names of the optional kwargs in this call
     :ivar wants_grad: backward only: which flat inputs want their gradient sent back; None: all floating-point ones
+    :ivar chain: one for each of the uids of the request; None: its uid is that of a single expert
     """
 
     major: int = PROTOCOL_MAJOR
@@ -48,6 +63,7 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     time_left_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
     present: Annotated[tuple[Name, ...], msgspec.Meta(max_length=4096)] = ()
     wants_grad: Annotated[tuple[bool, ...], msgspec.Meta(max_length=4096)] | None = None
+    chain: Annotated[tuple[BlockInputs, ...], msgspec.Meta(min_length=1, max_length=MAX_CHAIN_BLOCKS)] | None = None
 
 
 class WireError(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):

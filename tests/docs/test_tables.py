@@ -17,7 +17,7 @@ from moe.cli.parsing import build_server_parser
 from moe.dht.records import DIRECTORY_KEY, hosted_key, part_key
 from moe.transport.tickets import Ticket
 from moe.wire import frames, hivemind_dialect
-from moe.wire.messages import FEATURES, ExpertDescription, ReplyHeader, RequestHeader
+from moe.wire.messages import FEATURES, BlockInputs, ExpertDescription, ReplyHeader, RequestHeader
 from tests.docs.markdown import ROOT, code, table_of
 
 PROTOCOL, OPERATIONS = ROOT / "docs" / "protocol.md", ROOT / "docs" / "operations.md"
@@ -57,7 +57,7 @@ def test_errors_have_the_bases_that_the_text_says() -> None:
         assert [name for name in re.findall(r"`(\w+)`", sentence) if name != base.__name__] == named
 
 
-@pytest.mark.parametrize("struct", [RequestHeader, ReplyHeader, ExpertDescription, Ticket])
+@pytest.mark.parametrize("struct", [RequestHeader, BlockInputs, ReplyHeader, ExpertDescription, Ticket])
 def test_structs(struct: type[msgspec.Struct]) -> None:
     fields = msgspec.structs.fields(struct)
     rows = table_of(PROTOCOL, struct.__name__)

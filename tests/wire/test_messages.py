@@ -14,10 +14,12 @@ from moe.errors import ExpertFailed, Overloaded, ProtocolError, Refused, RemoteE
 from moe.schema import BatchTensorProto, ExpertSchema
 from moe.wire.messages import (
     FEATURES,
+    MAX_CHAIN_BLOCKS,
     MAX_ERROR_CHARS,
     MAX_HEADER_BYTES,
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
+    BlockInputs,
     ExpertDescription,
     ReplyHeader,
     RequestHeader,
@@ -29,12 +31,19 @@ from moe.wire.messages import (
 )
 
 names = st.text(max_size=20)
+blocks = st.builds(
+    BlockInputs,
+    present=st.lists(names, max_size=3).map(tuple),
+    tensors=st.lists(st.integers(0, 4095), max_size=4).map(tuple),
+    request_id=st.none() | st.binary(min_size=16, max_size=16),
+)
 requests = st.builds(
     RequestHeader,
     request_id=st.none() | st.binary(min_size=16, max_size=16),
     time_left_s=st.none() | st.floats(min_value=0, allow_nan=False),
     present=st.lists(names, max_size=4).map(tuple),
     wants_grad=st.none() | st.lists(st.booleans(), max_size=4).map(tuple),
+    chain=st.none() | st.lists(blocks, min_size=1, max_size=4).map(tuple),
 )
 replies = st.builds(
     ReplyHeader,
@@ -53,7 +62,9 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )
-keys = st.sampled_from([*RequestHeader.__struct_fields__, *ReplyHeader.__struct_fields__, "future"])
+keys = st.sampled_from(
+    [*RequestHeader.__struct_fields__, *ReplyHeader.__struct_fields__, *BlockInputs.__struct_fields__, "future"]
+)
 
 
 @given(requests)
@@ -90,12 +101,20 @@ def test_every_header_says_its_version_and_requests_their_features() -> None:
 
 def test_unknown_keys_and_features_and_a_higher_minor_version_are_ignored() -> None:
     data = msgspec.msgpack.encode(
-        {"major": 1, "minor": 99, "features": ["telepathy"], "present": ["mask"], "color": {"of": ["the", "sky"]}}
+        {
+            "major": 1,
+            "minor": 99,
+            "features": ["telepathy"],
+            "present": ["mask"],
+            "color": {"of": ["the", "sky"]},
+            "chain": [{"tensors": [1], "mood": "good"}],
+        }
     )
     header = decode_request_header(data)
     assert header is not None
     assert header.present == ("mask",)
     assert header.features == ("telepathy",)
+    assert header.chain == (BlockInputs(tensors=(1,)),)
     assert decode_reply_header(msgspec.msgpack.encode({"weather": 3})) == ReplyHeader()
 
 
@@ -123,6 +142,16 @@ def test_a_higher_major_version_is_refused_by_name_even_if_its_fields_have_chang
         {"wants_grad": [1, 0]},
         {"wants_grad": [True] * 4097},
         {"features": ["x"] * 65},
+        {"chain": []},
+        {"chain": {}},
+        {"chain": [{}] * (MAX_CHAIN_BLOCKS + 1)},
+        {"chain": [{"present": "mask"}]},
+        {"chain": [{"present": ["x" * 257]}]},
+        {"chain": [{"tensors": [-1]}]},
+        {"chain": [{"tensors": [4096]}]},
+        {"chain": [{"tensors": [1.5]}]},
+        {"chain": [{"tensors": [0] * 4097}]},
+        {"chain": [{"request_id": b"short"}]},
     ],
     ids=repr,
 )
