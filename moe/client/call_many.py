@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from moe.client.calls import Gradients
 from moe.client.expert import RemoteExpert
 from moe.client.fan_out import Assignment, Indices, Quorum, fan_out
+from moe.client.requests import Gradients
 from moe.errors import MoEError, NonFiniteError, ProtocolError, SchemaError, TooFewExperts
 from moe.schema import Entry, ExpertSchema, validate
 from moe.transport.base import Budget

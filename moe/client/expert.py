@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from moe.client.calls import ExpertCaller, Gradients
+from moe.client.calls import ExpertCaller
+from moe.client.requests import Gradients
 from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
 from moe.errors import SchemaError

@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from moe.client.beam_search import MoEBeamSearcher
 from moe.client.call_many import CallMany, NonFiniteInput, check_finite, describe_any
-from moe.client.calls import Gradients
 from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
 from moe.client.fan_out import Abandoned, Assignment, CutOff, Quorum, name_rows
+from moe.client.requests import Gradients
 from moe.config import ClientConfig, check_positive, replace_known
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
 from moe.expert_uid import ExpertInfo

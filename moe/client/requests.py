@@ -1,0 +1,291 @@
+"""One request to one server: what is sent, and what came back. Owns: headers, codecs, splitting by rows, checks of replies.
+
+A request is for a chain of blocks (moe.chains); that of a single expert is a chain of one. Shared by ExpertCaller and the spans
+of a sequence. Must not know: which server is asked, retries, autograd. CPU tensors; all of it runs in the client's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import math
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from moe.chains import Chain
+from moe.errors import NonFiniteError, ProtocolError, SchemaError
+from moe.expert_uid import PeerIDLike, join_chain
+from moe.schema import Entry, count_rows, select_rows, validate
+from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
+from moe.wire.messages import REQUEST_ID_BYTES, BlockInputs, ExpertDescription, RequestHeader
+
+T = TypeVar("T")
+Gradients = list["torch.Tensor | None"]
+
+_REQUEST_FILL = 0.95  # of a server's max_request_bytes; the rest is headroom for codecs
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a server takes in one request.
+
+    :ivar native: it reads our header; else it is a stock hivemind server
+    :ivar chains: it runs several blocks for one request
+    :ivar max_rows: of a request
+    :ivar max_bytes: of a request's tensors
+    """
+
+    native: bool
+    chains: bool
+    max_rows: int
+    max_bytes: int
+
+    @classmethod
+    def of(cls, descriptions: Sequence[ExpertDescription]) -> Terms:
+        """Those of a request for all of these experts of one server."""
+        return cls(
+            native=all(description.native for description in descriptions),
+            chains=all("chain" in description.features for description in descriptions),
+            max_rows=min(description.max_batch_size for description in descriptions),
+            max_bytes=min(description.max_request_bytes for description in descriptions),
+        )
+
+    def room(self, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], rows: int) -> int:
+        """How many of the rows fit into one request."""
+        shared = sum(t.nbytes for entry, t in zip(entries, tensors) if not entry.proto.batched)
+        per_row = sum(t.nbytes for entry, t in zip(entries, tensors) if entry.proto.batched) / max(1, rows)
+        if per_row <= 0:
+            return self.max_rows
+        return max(0, min(self.max_rows, int((_REQUEST_FILL * self.max_bytes - shared) // per_row)))
+
+
+def make_header(
+    chain: Chain,
+    native: bool,
+    timeout_s: float | None,
+    wants_grad: tuple[bool, ...] | None = None,
+    request_ids: Sequence[bytes] | None = None,
+) -> RequestHeader | None:
+    """What the server is told besides the tensors; None for a stock server.
+
+    :param request_ids: for a backward, one for each block
+    """
+    if not native:
+        return None
+    ids: Sequence[bytes | None] = request_ids or [None] * len(chain)
+    if len(chain) == 1:
+        return RequestHeader(
+            present=chain.blocks[0].present, wants_grad=wants_grad, request_id=ids[0], time_left_s=timeout_s
+        )
+    blocks = tuple(
+        BlockInputs(present=block.present, tensors=block.kwargs, request_id=request_id)
+        for block, request_id in zip(chain.blocks, ids)
+    )
+    return RequestHeader(chain=blocks, wants_grad=wants_grad, time_left_s=timeout_s)
+
+
+def part_of_request_id(request_id: bytes, *parts: int) -> bytes:
+    """The id of one part (a block, a range of rows) of what a client does once; the same parts always get the same id."""
+    text = ",".join(map(str, parts)).encode()
+    return hashlib.blake2b(text, key=request_id, digest_size=REQUEST_ID_BYTES).digest()
+
+
+class Request:
+    """Requests for a chain, to one server at a time.
+
+    :param transport: how they travel
+    :param chain: which blocks, and which tensor each takes
+    :param detect_anomalies: see ClientConfig
+    """
+
+    def __init__(self, transport: ExpertTransport, chain: Chain, detect_anomalies: bool = False):
+        self.transport, self.chain, self.detect_anomalies = transport, chain, detect_anomalies
+        self.uid = join_chain([block.uid for block in chain.blocks])
+
+    def __repr__(self) -> str:
+        return f"Request({self.chain!r})"
+
+    async def forward(
+        self, peer: PeerIDLike, terms: Terms, tensors: Sequence[torch.Tensor], rows: int, timeout_s: float | None
+    ) -> list[torch.Tensor]:
+        """Flat outputs of the last block.
+
+        :raises ProtocolError: the answer does not fit
+        :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
+        """
+        outputs = self.chain.output_entries
+        header = make_header(self.chain, terms.native, timeout_s)
+        codecs = [entry.proto.compression for entry in self.chain.entries]
+        reply_bytes = _expected_bytes(outputs, rows, tensors, terms.native)
+        call = Call(FORWARD, self.uid, header, tensors, codecs, reply_bytes)
+        reply = await self.transport.call(peer, call, timeout_s=timeout_s)
+        try:
+            validate(outputs, reply.tensors, rows=rows, what="the reply")
+        except SchemaError as e:
+            raise ProtocolError(f"the server's reply does not fit: {e.message}", peer=peer.to_base58()) from None
+        self.check_finite(reply.tensors, outputs, peer)
+        return list(reply.tensors)
+
+    async def backward(
+        self,
+        peer: PeerIDLike,
+        terms: Terms,
+        inputs: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor],
+        wants: tuple[bool, ...],
+        request_ids: Sequence[bytes],
+        timeout_s: float | None,
+    ) -> Gradients:
+        """One gradient or None per input; trains each block, once per request id.
+
+        :raises ProtocolError: the answer does not fit
+        :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
+        """
+        entries, grad_entries = self.chain.entries, self.chain.gradient_entries
+        if not terms.native:  # stock hivemind wants a gradient for every output, integer ones included
+            grad_entries = self.chain.output_entries
+            grad_outputs = _stock_gradients(grad_entries, grad_outputs, _rows(entries, inputs))
+        header = make_header(self.chain, terms.native, timeout_s, wants, request_ids)
+        codecs = [entry.proto.compression for entry in (*entries, *grad_entries)]
+        tensors = [*inputs, *grad_outputs]
+        reply_bytes = sum(t.nbytes for t, wanted in zip(inputs, wants) if wanted or not terms.native)
+        call = Call(BACKWARD, self.uid, header, tensors, codecs, reply_bytes)
+        reply = await self.transport.call(peer, call, timeout_s=timeout_s)
+        return self._gradients(inputs, wants, reply, peer)
+
+    def row_ranges(
+        self, terms: Terms, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], rows: int
+    ) -> list[tuple[int, int]]:
+        """How to split a call that is larger than the server takes in one request.
+
+        :raises SchemaError: it cannot be split
+        """
+        limit = terms.room(entries, tensors, rows)
+        if rows <= limit or rows <= 1:
+            return [(0, rows)]
+        if limit < 1 or not self.chain.mergeable:
+            raise SchemaError(
+                f"the call of {rows} rows is larger than the server takes ({terms.max_rows} rows, "
+                f"{terms.max_bytes} bytes in one request), and it cannot be split by rows"
+            )
+        return even_ranges(rows, limit)
+
+    def _gradients(
+        self, inputs: Sequence[torch.Tensor], wants: Sequence[bool], reply: Reply, peer: PeerIDLike
+    ) -> Gradients:
+        entries = self.chain.entries
+        has_grad = (True,) * len(entries) if reply.header is None else reply.header.has_grad
+        if has_grad is None or len(has_grad) != len(entries) or sum(has_grad) != len(reply.tensors):
+            raise ProtocolError("the server's reply has not the gradients it says", peer=peer.to_base58())
+        received = iter(reply.tensors)
+        grads: Gradients = [next(received) if has else None for has in has_grad]
+        for entry, tensor, grad, wanted in zip(entries, inputs, grads, wants):
+            if grad is None and wanted:
+                raise ProtocolError(f"the server sent no gradient of {entry.path}", peer=peer.to_base58())
+            if grad is not None and (grad.shape != tensor.shape or grad.dtype != tensor.dtype):
+                raise ProtocolError(
+                    f"the gradient of {entry.path} is {grad.dtype} {tuple(grad.shape)}, its tensor {tuple(tensor.shape)}",
+                    peer=peer.to_base58(),
+                )
+            if grad is not None and wanted:
+                self.check_finite([grad], [entry], peer)
+        return [grad if wanted else None for grad, wanted in zip(grads, wants)]
+
+    def check_finite(
+        self, tensors: Sequence[torch.Tensor], entries: Sequence[Entry], peer: PeerIDLike | None = None
+    ) -> None:
+        """Refuse nan and inf, if anomalies are to be detected.
+
+        :raises NonFiniteError: naming the tensor
+        """
+        if not self.detect_anomalies:
+            return
+        for tensor, entry in zip(tensors, entries):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                name = None if peer is None else peer.to_base58()
+                raise NonFiniteError(f"{entry.path} has nan/inf values", peer=name, uid=self.uid)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+
+def even_ranges(rows: int, limit: int) -> list[tuple[int, int]]:
+    """Ranges of at most ``limit`` rows each, as few and as equal as possible; one, empty, for no rows."""
+    pieces = max(1, -(-rows // limit))
+    return list(itertools.pairwise(rows * i // pieces for i in range(pieces + 1)))
+
+
+def join_outputs(pieces: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Outputs of ranges of rows put together; with several ranges all outputs are batched."""
+    return list(pieces[0]) if len(pieces) == 1 else [torch.cat(parts) for parts in zip(*pieces)]
+
+
+def join_gradients(entries: Sequence[Entry], pieces: Sequence[Gradients]) -> Gradients:
+    """Gradients of ranges of rows put together: rows joined, what is global to the call summed."""
+    if len(pieces) == 1:
+        return pieces[0]
+    joined: Gradients = []
+    for entry, parts in zip(entries, zip(*pieces)):
+        tensors = [part for part in parts if part is not None]
+        if not tensors:
+            joined.append(None)
+        else:
+            joined.append(torch.cat(tensors) if entry.proto.batched else torch.stack(tensors).sum(0))
+    return joined
+
+
+def ranges_of(
+    entries: Sequence[Entry], tensors: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]]
+) -> list[list[torch.Tensor]]:
+    """The tensors of each range of rows."""
+    return [list(tensors)] if len(ranges) == 1 else [select_rows(entries, tensors, a, b) for a, b in ranges]
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------------
+
+
+async def all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of all, at least one; when one fails, the others do not go on for nobody."""
+    first, *others = coroutines
+    if not others:
+        return [await first]  # without the cost of a task
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in (first, *others)]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _rows(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> int:
+    return count_rows(entries, [tensor.shape for tensor in tensors])
+
+
+def _expected_bytes(outputs: Sequence[Entry], rows: int, inputs: Sequence[torch.Tensor], native: bool) -> int:
+    """About how large the outputs will be; unknown lengths count as large as the largest input, or, to a stock server,
+    which cannot say "too large for unary", as too large."""
+    total = 0
+    for entry in outputs:
+        known = math.prod(size for size in entry.proto.sizes if size is not None) * entry.proto.itemsize
+        size = known * (rows if entry.proto.batched else 1)
+        if None in entry.proto.sizes:
+            size = max([size, *(tensor.nbytes for tensor in inputs)]) if native else 2**40
+        total += size
+    return total
+
+
+def _stock_gradients(outputs: Sequence[Entry], grads: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
+    given = iter(grads)
+    result = []
+    for _, proto in outputs:
+        if proto.is_floating_point:
+            result.append(next(given))
+        else:
+            result.append(torch.zeros([rows, *(size or 0 for size in proto.sizes)], dtype=proto.dtype))
+    return result
