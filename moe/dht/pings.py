@@ -18,7 +18,7 @@ from hivemind.proto import dht_pb2
 from moe.dht.process import call
 
 PING_TIMEOUT_S = 2.0  # as Petals
-_AT_ONCE = 8  # more would measure how busy this process is; ours
+_AT_ONCE = 16  # more would measure how busy this process is; ours
 _GRACE_S = 5.0  # for the DHT process to answer at all
 
 
