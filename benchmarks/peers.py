@@ -34,6 +34,7 @@ START_TIMEOUT_S = 90.0  # to import torch and hivemind, and for a DHT node and a
 START_ATTEMPTS = 3  # stock servers sometimes freeze at their start: they fork while they have threads
 CLIENTS_MARGIN_S = 10.0  # for the process that forked the clients to say which of them froze
 LOG_TAIL_CHARS = 2000
+SERVER_ENVIRONMENT = {("moe", "server"): {"OMP_WAIT_POLICY": "passive"}}  # what hivemind-server of each system sets
 _POLL_S = 0.05
 _KILL_TIMEOUT_S = 20.0  # a stock server with many experts has hundreds of processes
 
@@ -69,7 +70,7 @@ class Peer:
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "TMPDIR": self._directory},
+                env={**os.environ, **SERVER_ENVIRONMENT.get((system, role), {}), "TMPDIR": self._directory},
                 start_new_session=True,  # so that it can be ended together with all that it has started
             )
         theirs.close()

@@ -36,7 +36,7 @@ CHECK_PERIOD_S = 1.0  # how often to look at the server when nothing is to be re
 CREATE_ARGUMENTS = (
     "announce_maddrs", "block_indices", "block_prefix", "checkpoint_dir", "clip_grad_norm", "custom_module_path",
     "detect_anomalies", "device", "expert_cls", "expert_pattern", "expert_uids", "expiration", "hidden_dim", "host_maddrs",
-    "identity_path", "initial_peers", "max_batch_size", "min_batch_size", "num_experts", "num_handlers",
+    "identity_path", "initial_peers", "max_batch_size", "min_batch_size", "model_path", "num_experts", "num_handlers",
     "num_training_steps", "num_warmup_steps", "scheduler", "total_blocks", "update_period", "use_auto_relay", "use_relay",
 )  # fmt: skip
 
@@ -123,6 +123,7 @@ def start_server(options: argparse.Namespace) -> RunningServer:
     if options.checkpoint_dir is not None:
         options.checkpoint_dir.mkdir(exist_ok=True)
 
+    let_compute_threads_sleep()
     import torch
 
     from moe.server.server import Server
@@ -133,6 +134,16 @@ def start_server(options: argparse.Namespace) -> RunningServer:
     return server
 
 
+def let_compute_threads_sleep() -> None:
+    """Compute threads sleep while there is nothing to compute, unless the environment says otherwise.
+
+    By default OpenMP lets them spin for some milliseconds after each parallel region. In a server that is time the
+    network and the callers on the same cores do not get: a nop call of 8 MiB took the server 14 ms of CPU, asleep 3 ms
+    (docs/performance.md). libgomp reads this once, when torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of Server.create for a parsed command line. Imports torch."""
     import torch
@@ -141,7 +152,7 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
     from moe.server.checkpoints import find_checkpointed_uids
 
     arguments = {name: getattr(options, name) for name in CREATE_ARGUMENTS}
-    if (options.num_experts, options.expert_uids, options.block_indices) == (None, None, None):
+    if (options.num_experts, options.expert_uids, options.block_indices, options.model_path) == (None,) * 4:
         found = find_checkpointed_uids(options.checkpoint_dir) if options.checkpoint_dir is not None else []
         arguments["num_experts"] = max(1, len(found))
     if options.optimizer == "none":

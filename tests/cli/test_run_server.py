@@ -190,6 +190,9 @@ def test_config_yml_is_read_if_present(tmp_path: Path) -> None:
         (["--block_indices", "0:9999"], "ends beyond the 4096 blocks"),
         (["--block_indices", "0:3", "--block_prefix", "block"], "expected a name and a dot, such as 'block.', got 'block'"),
         (["--total_blocks", "5000"], "total_blocks: expected 4096 at most, got 5000"),
+        (["--model_path", "gone"], "model_path: there is no model in gone: it has no config.json"),
+        (["--model_path", ".", "--num_experts", "3"], "model_path says which experts to serve"),
+        (["--model_path", ".", "--total_blocks", "3"], "it cannot be combined with total_blocks"),
         (["--expert_cls", "fnn"], f"'fnn' is not one of the built-in experts {', '.join(BUILTIN_EXPERTS)}"),
         (["--custom_module_path", "gone.py"], "custom_module_path: there is no file gone.py"),
         (["--custom_module_path", "."], "custom_module_path: there is no file ."),
@@ -299,7 +302,7 @@ def test_arguments_are_those_of_server_create() -> None:
     dht = {"host_maddrs", "announce_maddrs", "use_relay", "use_auto_relay", "identity_path"}
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s"}
     ours |= {"direct", "direct_port", "direct_hosts"}
-    ours |= {"block_indices", "block_prefix", "total_blocks"}
+    ours |= {"block_indices", "block_prefix", "model_path", "total_blocks"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
     arguments = run_server.create_arguments(parse())
     assert set(arguments) == (set(stock) - not_from_here) | dht | ours
@@ -320,6 +323,29 @@ def test_optimizers(argv: list[str], kind: type[torch.optim.Optimizer], lr: floa
     optimizer = run_server.create_arguments(parse(*argv))["optim_cls"]([torch.nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == lr
+
+
+def test_pretrained_blocks_are_trained_only_if_asked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    model = ["--model_path", str(tmp_path)]
+    arguments = run_server.create_arguments(parse(*model, "--block_indices", "0:3"))
+    assert (arguments["model_path"], arguments["optim_cls"], arguments["num_experts"]) == (tmp_path, None, None)
+    assert run_server.create_arguments(parse(*model))["num_experts"] is None
+    assert run_server.create_arguments(parse(*model, "--optimizer", "adam"))["optim_cls"] is torch.optim.Adam
+    (tmp_path / "config.yml").write_text("optimizer: sgd")
+    assert parse(*model, "-c", str(tmp_path / "config.yml")).optimizer == "sgd"
+    with pytest.raises(SystemExit):
+        parse(*model, "--lr", "0.1")
+
+
+def test_pretrained_blocks_need_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        parse("--model_path", str(tmp_path))
+    assert 'model_path needs transformers: pip install "moe-runtime[transformers]"' in capsys.readouterr().err
 
 
 def test_no_optimizer_and_compression() -> None:
@@ -603,3 +629,12 @@ def test_children_can_be_terminated(launch: Any) -> None:
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert output == "child alive False\n"
+
+
+def test_compute_threads_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run_server.let_compute_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    run_server.let_compute_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
