@@ -1,4 +1,4 @@
-"""How long does one row take, there and back, and where does the time go? One client, one nop expert, forward.
+"""How long does one row take, there and back? One client, one nop expert, forward.
 
 python -m benchmarks.benchmark_latency
 """
@@ -15,13 +15,10 @@ UID = "expert.0"
 HIDDEN = 1024
 HANDLERS = 8  # of stock hivemind: its default for one expert
 TIMEOUT_S = 60.0
-STAGES = ("client", "network and handler", "queue", "compute")
 
 
-def measure(
-    systems: Sequence[str], rounds: int, seconds: float, transport: str = "auto", stages: bool = True
-) -> list[Case]:
-    """Median and 95th percentile of single calls, and the median time of each stage of ours."""
+def measure(systems: Sequence[str], rounds: int, seconds: float, transport: str = "auto") -> list[Case]:
+    """Median and 95th percentile of single calls."""
     server = {
         "uids": [UID],
         "expert_cls": "nop",
@@ -38,24 +35,16 @@ def measure(
     def run(subject: Subject) -> Mapping[str, float]:
         ((result,),) = subject.ask_clients("calls", timeout_s, load=load, limit=limit)
         ordered = sorted(1e3 * duration for duration in result["durations"])
-        values = {"median": statistics.median(ordered), "p95": quantile(ordered, 0.95)}
-        if subject.name == OURS and stages:
-            traced_limit = {"seconds": seconds / 4}
-            (calls,) = subject.ask_clients("stages", timeout_s, load=load, limit=traced_limit)
-            values.update({stage: statistics.median(1e3 * call[stage] for call in calls) for stage in STAGES})
-        return values
+        return {"median": statistics.median(ordered), "p95": quantile(ordered, 0.95)}
 
     with running(*served_each(systems, server=server, client={"transport": transport})) as started:
         found = interleave(started, rounds, run)
     settings = {"rows": 1, "clients": 1, "transport": transport, "server": server, "seconds": seconds}
     names = {"median": "median of one row", "p95": "95th percentile of one row"}
-    cases = [
+    return [
         Case(names[quantity], "ms, forward", False, found.of(quantity), settings, panel="one row", notes=found.notes)
         for quantity in names
     ]
-    for stage in STAGES if stages and OURS in systems else ():
-        cases.append(Case(f"of it: {stage}", "ms, forward", False, found.of(stage), settings, panel="where it goes"))
-    return cases
 
 
 def main(argv: Sequence[str] | None = None) -> None:

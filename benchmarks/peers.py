@@ -34,7 +34,10 @@ START_TIMEOUT_S = 90.0  # to import torch and hivemind, and for a DHT node and a
 START_ATTEMPTS = 3  # stock servers sometimes freeze at their start: they fork while they have threads
 CLIENTS_MARGIN_S = 10.0  # for the process that forked the clients to say which of them froze
 LOG_TAIL_CHARS = 2000
-SERVER_ENVIRONMENT = {("moe", "server"): {"OMP_WAIT_POLICY": "passive"}}  # what hivemind-server of each system sets
+SERVER_ENVIRONMENT = {  # what hivemind-server of each system sets
+    ("moe", "server"): {"OMP_WAIT_POLICY": "passive"},
+    ("moe", "traced server"): {"OMP_WAIT_POLICY": "passive"},
+}
 _POLL_S = 0.05
 _KILL_TIMEOUT_S = 20.0  # a stock server with many experts has hundreds of processes
 
@@ -276,16 +279,18 @@ def served(
     clients: int = 1,
     client: dict[str, Any] | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
+    role: str = "server",
 ) -> Subject:
     """A server process and client processes.
 
     :param server: see ``benchmarks.systems``
+    :param role: of the server process, see ``benchmarks.worker``
     :param clients: number of client processes
     :param client: options of each client, see ``benchmarks.worker.Client``
     """
 
     def launch(peers: list[Peer]) -> None:
-        peers.append(Peer("server", system))
+        peers.append(Peer(role, system))
         peers.append(Peer("clients", system))  # imports while the server starts
         address = peers[0].start(start_timeout_s, **server)
         peers[1].start(start_timeout_s, count=clients, client={"address": address, **(client or {})})

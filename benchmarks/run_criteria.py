@@ -107,7 +107,7 @@ GROUPS = (
     _throughput("criteria_nop_tls_8", BOTH, ("nop 2048x1024, 8 clients, TLS", TO_STOCK, 5)),
     _throughput("criteria_nop_tls_1", BOTH, ("nop 2048x1024, 1 client, TLS", TO_STOCK, 5)),
     Group(
-        lambda rounds, seconds: benchmark_latency.measure(BOTH, rounds, seconds, stages=False),
+        lambda rounds, seconds: benchmark_latency.measure(BOTH, rounds, seconds),
         [
             Criterion("nop, one row, median latency", ONE_ROW, TO_STOCK, 1 / 8, at_least=False),
             Criterion("nop, one row, milliseconds", ONE_ROW, None, 0.8, at_least=False),

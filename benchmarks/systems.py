@@ -117,7 +117,7 @@ class Moe:
         self._p2p = client_loop().run(P2P.create(initial_peers=address["maddrs"]))  # its daemon ends with it
         self._peer_id = PeerID.from_base58(address["peer_id"])
         self._config = ClientConfig(transport=transport)
-        self.traced = Traced(transport_of(self._p2p, transport))
+        self._transport = transport_of(self._p2p, transport)
 
     def expert(self, uid: str) -> Callable[..., Any]:
         """See System."""
@@ -125,7 +125,7 @@ class Moe:
         from moe.expert_uid import ExpertInfo
 
         if uid not in self._experts:
-            self._experts[uid] = RemoteExpert(ExpertInfo(uid, self._peer_id), self.traced, config=self._config)
+            self._experts[uid] = RemoteExpert(ExpertInfo(uid, self._peer_id), self._transport, config=self._config)
         expert: Callable[..., Any] = self._experts[uid]
         return expert
 
@@ -173,30 +173,6 @@ class Moe:
         from moe import MoEBeamSearcher
 
         return MoEBeamSearcher(node, prefix, tuple(grid))
-
-
-class Traced:
-    """An ExpertTransport that notes how long the latest call took, and what its server said of it.
-
-    :ivar call_s: from the client's event loop to the network and back
-    :ivar queue_s: of that, waiting for a batch
-    :ivar compute_s: of that, computing the batch
-    """
-
-    def __init__(self, transport: Any):
-        self._transport = transport
-        self.info = transport.info
-        self.close = transport.close
-        self.call_s = self.queue_s = self.compute_s = 0.0
-
-    async def call(self, peer: Any, call: Any, *, timeout_s: float | None) -> Any:
-        """See ExpertTransport."""
-        begin = time.perf_counter()
-        reply = await self._transport.call(peer, call, timeout_s=timeout_s)
-        self.call_s = time.perf_counter() - begin
-        if reply.header is not None:
-            self.queue_s, self.compute_s = reply.header.queue_s, reply.header.compute_s
-        return reply
 
 
 class Hivemind:

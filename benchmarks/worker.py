@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from benchmarks.systems import SYSTEMS, Address, Moe, System, await_experts
+from benchmarks.systems import SYSTEMS, Address, System, await_experts
 
 AT_ONCE = 8  # clients that start at the same time; each starts a libp2p daemon
 TIME_TO_PREPARE_S = 0.1  # from the order to begin until clients begin, all at once
@@ -119,6 +119,23 @@ class Server:
         self.started = system.serve(**options)
 
 
+class TracedServer:
+    """A server of this project that notes when requests pass the points of ``benchmarks.tracing``."""
+
+    def __init__(self, system: System, **options: Any):
+        from benchmarks import tracing
+
+        self._stamps = tracing.install(tracing.SERVER_POINTS)
+        self.started = system.serve(**options)
+
+    def stamps(self) -> dict[str, list[float]]:
+        """Those since it was asked last."""
+        found = {name: list(times) for name, times in self._stamps.items()}
+        for times in self._stamps.values():
+            times.clear()
+        return found
+
+
 class Client:
     """Calls experts, in one or several threads.
 
@@ -175,30 +192,39 @@ class Client:
             raise failures[0]
         return results
 
-    def stages(self, begin_at: float, load: dict[str, Any], limit: dict[str, Any]) -> list[dict[str, float]]:
-        """Where the time of each call goes; this project only."""
-        what, until = Load(**load), Limit(**limit)
+    def trace(self, begin_at: float, operation: str) -> None:
+        """From now on, note when calls pass the points of ``benchmarks.tracing``; this project only.
+
+        :param operation: "forward" or "backward"
+        """
+        from benchmarks import tracing
+
+        self._stamps = tracing.install((*tracing.CLIENT_POINTS[operation], *tracing.CLIENT_POINTS["both"]))
+
+    def traced(
+        self, begin_at: float, load: dict[str, Any], limit: dict[str, Any], operation: str
+    ) -> dict[str, list[float]]:
+        """Call an expert, ``Limit`` times.
+
+        :returns: the times of these calls
+        """
+        what = Load(**load)
         x, kwargs = what.inputs(self._index)
-        expert, system = self._system.expert(what.uids[0]), self._system
-        assert isinstance(system, Moe)
-        traced = system.traced
-        found: list[dict[str, float]] = []
+        expert = self._system.expert(what.uids[0])
+        _ = expert.info  # type: ignore[attr-defined]
 
         def step(_: int) -> None:
-            begin = time.perf_counter()
             what.step(expert, x, kwargs)
-            total = time.perf_counter() - begin
-            found.append(
-                {
-                    "client": total - traced.call_s,
-                    "network and handler": traced.call_s - traced.queue_s - traced.compute_s,
-                    "queue": traced.queue_s,
-                    "compute": traced.compute_s,
-                }
-            )
 
+        for times in self._stamps.values():
+            times.clear()
         _sleep_until(begin_at)
-        timed_loop(step, until)
+        timed_loop(step, Limit(**limit))
+        found = {name: list(times) for name, times in self._stamps.items()}
+        if operation == "backward":  # a forward went before each of them, over the same link
+            found = {
+                name: times[1::2] if len(times) == 2 * len(found["called"]) else times for name, times in found.items()
+            }
         return found
 
     def mixture_steps(
@@ -412,7 +438,13 @@ class Nodes:
         return elapsed_s[0], elapsed_s[1]
 
 
-ROLES: dict[str, Callable[..., Any]] = {"server": Server, "clients": Clients, "bare": Bare, "nodes": Nodes}
+ROLES: dict[str, Callable[..., Any]] = {
+    "server": Server,
+    "traced server": TracedServer,
+    "clients": Clients,
+    "bare": Bare,
+    "nodes": Nodes,
+}
 
 
 # --- being asked -----------------------------------------------------------------------------------------------------

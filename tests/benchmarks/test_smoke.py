@@ -24,6 +24,7 @@ TIMEOUT_S = 110.0
 SYSTEMS = {
     "throughput": {"moe", "hivemind"},
     "latency": {"moe"},
+    "breakdown": {"moe"},
     "moe": {"moe", "hivemind"},
     "kwargs": {"moe"},
     "footprint": {"moe"},
@@ -31,6 +32,7 @@ SYSTEMS = {
     "compression": {"moe", "hivemind"},
     "scale": {"moe"},
     "gpu": {"moe", "bare", "bare, from host"},
+    "routing": {"moe", "uniform", "max_throughput", "min_latency", "min_latency, pinged"},
     "criteria": {"moe"},
 }
 ARGUMENTS = {"gpu": ["--device", "cpu"]}
