@@ -169,6 +169,8 @@ class ServerConfig:
     :param direct_port: TCP port of the direct link; 0: any free one
     :param direct_hosts: names or addresses at which other hosts reach the direct link; none: those libp2p announces
     :param stuck_after_s: a batch that runs longer makes the server unhealthy; None: never
+    :param drain_quiet_s: an expert that leaves is served on until nobody has called it for this long
+    :param drain_timeout_s: but no longer than this
     """
 
     update_period_s: float = 30.0
@@ -182,12 +184,15 @@ class ServerConfig:
     direct: bool = True
     direct_port: int = 0
     direct_hosts: tuple[str, ...] = ()
+    drain_quiet_s: float = 5.0
+    drain_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         check_positive(self, "update_period_s", "start_timeout_s", "shutdown_timeout_s", allow_none=False)
         check_positive(self, "checkpoint_period_s", "keep_checkpoints", allow_none=False)
         if not 0 <= self.direct_port <= 65535:
             raise ConfigError(f"direct_port: expected a port from 0 to 65535, got {self.direct_port!r}")
+        check_positive(self, "drain_quiet_s", "drain_timeout_s", allow_none=False, allow_zero=True)
         check_positive(self, "expiration_s", "stats_report_interval_s", "stuck_after_s")
 
     @property

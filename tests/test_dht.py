@@ -906,6 +906,61 @@ def test_announce_now(fake):
     assert fake.retracted == []
 
 
+def test_more_experts_are_announced_at_once_and_from_then_on(fake):
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, update_period_s=600.0, expiration_s=1200.0)
+    announcer.start()
+    announcer.add(["ffn.1", "ffn.2"])
+    announcer.announce()
+    assert [call[0] for call in fake.calls] == [("ffn.0",), *[("ffn.0", "ffn.1", "ffn.2")] * 2]
+    announcer.remove(["ffn.0", "ffn.2"])
+    assert fake.retracted == [("ffn.0", "ffn.2")]
+    announcer.announce()
+    assert fake.calls[-1][0] == ("ffn.1",)
+    announcer.stop()
+    assert fake.retracted[1:] == [("ffn.1",)]
+
+
+def test_experts_that_cannot_be_announced_are_not_announced_further(fake):
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, update_period_s=600.0, expiration_s=1200.0)
+    announcer.start()
+    fake.outcomes = [CallTimeout("slow")]
+    with pytest.raises(CallTimeout):
+        announcer.add(["ffn.1"])
+    with pytest.raises(ConfigError):
+        announcer.add(["no uid"])
+    announcer.announce()
+    assert fake.calls[-1][0] == ("ffn.0",)
+    announcer.stop()
+
+
+def test_experts_are_hidden_only_when_no_announcement_of_them_is_under_way(fake):
+    """One that began before would bring them back."""
+    announcer = Announcer(None, ["ffn.0", "ffn.1"], ServerInfo, update_period_s=600.0, expiration_s=1200.0)
+    announcer.start()
+    fake.released.clear()
+    announcer.announce_now()
+    eventually(lambda: len(fake.calls) == 2)
+    removal = threading.Thread(target=announcer.remove, args=(["ffn.1"],))
+    removal.start()
+    removal.join(0.1)
+    assert fake.retracted == []
+    fake.released.set()
+    removal.join(10)
+    assert fake.retracted == [("ffn.1",)]
+    announcer.stop()
+
+
+def test_an_announcer_without_experts_is_silent(fake):
+    announcer = Announcer(None, [], ServerInfo, update_period_s=0.05, expiration_s=60.0)
+    announcer.start()
+    announcer.announce()
+    assert fake.calls == []
+    announcer.add(["ffn.0"])
+    eventually(lambda: len(fake.calls) >= 2)
+    announcer.stop()
+    assert {call[0] for call in fake.calls} == {("ffn.0",)}
+
+
 def test_stopping_does_not_wait_for_an_announcement_under_way(fake, caplog):
     announcer = Announcer(None, ["ffn.0"], ServerInfo, update_period_s=600.0, expiration_s=1200.0)
     announcer.start()
@@ -930,8 +985,16 @@ def test_keeps_experts_visible_on_a_real_dht(peers):
     assert hosts(c, "kept.0.1", "kept.7") == [[a.peer_id]] * 2
     (listed,) = [server for server in list_servers(c) if server.peer_id == a.peer_id.to_base58()]
     assert listed.pending_tasks > 1
+    announcer.add(["kept.8"])
+    assert announcer.are_visible(["kept.0.1", "kept.7", "kept.8"])
+    assert hosts(c, "kept.8") == [[a.peer_id]]
+    announcer.remove(["kept.7"])
+    assert not announcer.are_visible(["kept.7", "kept.8"])
+    before = announcer.statistics().successes
+    eventually(lambda: announcer.statistics().successes >= before + 2)
+    assert hosts(c, "kept.0.1", "kept.7", "kept.8") == [[a.peer_id], [], [a.peer_id]]
     announcer.stop()
-    assert hosts(c, "kept.0.1", "kept.7") == [[]] * 2
+    assert hosts(c, "kept.0.1", "kept.7", "kept.8") == [[]] * 3
 
 
 def test_a_dead_dht_makes_stopping_no_slower(own_dht, caplog):

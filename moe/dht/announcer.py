@@ -6,13 +6,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from hivemind.dht import DHT
 from hivemind.utils import get_dht_time
 
-from moe.dht.experts import DEFAULT_EXPIRATION_S, check_uids, declare_experts, retract_experts
+from moe.dht.experts import DEFAULT_EXPIRATION_S, check_uids, declare_experts, find_experts, retract_experts
 from moe.dht.records import ServerInfo
 from moe.errors import LifecycleError, MoEError, TransportError
 from moe.expert_uid import ExpertUID
@@ -49,7 +49,7 @@ def next_announcement(last_attempt: float, failures_in_a_row: int, update_period
 
 
 class Announcer:
-    """Announces experts now and every period, through any failure, and retracts them in the end.
+    """Announces experts now and every period, through any failure, and retracts them in the end. Without any it is silent.
 
     :param dht: a running DHT
     :param uids: experts to announce
@@ -76,6 +76,7 @@ class Announcer:
         self.dht, self.uids, self.get_info = dht, tuple(check_uids(uids)), get_info
         self.update_period_s, self.expiration_s, self.timeout_s = update_period_s, expiration_s, timeout_s
         self._lock = threading.Lock()
+        self._announcing = threading.RLock()  # so that none that is under way undoes what another one does
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -101,6 +102,46 @@ class Announcer:
     def announce_now(self) -> None:
         """Make the next announcement now, in the background: what there is to tell has changed."""
         self._wake.set()
+
+    def announce(self) -> None:
+        """Make an announcement now, and return when it is done: what there is to tell has changed.
+
+        :raises MoEError: if it fails; the background will try again
+        """
+        self._announce()
+
+    def add(self, uids: Iterable[ExpertUID]) -> None:
+        """Announce more experts, now and from now on. Returns when that is done.
+
+        :raises ConfigError: wrong uids, or too many
+        :raises MoEError: if it fails; then they are not announced further
+        """
+        with self._announcing:
+            before = self.uids
+            self.uids = tuple(check_uids([*before, *uids]))
+            try:
+                self._announce()
+            except BaseException:
+                self.uids = before
+                raise
+
+    def remove(self, uids: Iterable[ExpertUID], timeout_s: float | None = None) -> None:
+        """Announce these experts no longer, and make them invisible. Returns when that is done.
+
+        :raises MoEError: if making them invisible fails; they stay visible until they expire
+        """
+        leaving = tuple(uids)
+        with self._announcing:
+            self.uids = tuple(uid for uid in self.uids if uid not in leaving)
+            retract_experts(self.dht, leaving, timeout_s)
+
+    def are_visible(self, uids: Iterable[ExpertUID]) -> bool:
+        """True if all these experts can be found here.
+
+        :raises MoEError: if the DHT does not answer
+        """
+        me = self.dht.peer_id
+        return all(found is not None and me in found.peer_ids for found in find_experts(self.dht, list(uids)))
 
     def stop(self, retract: bool = True, timeout_s: float = 5.0) -> None:
         """Stop announcing. May be called twice.
@@ -150,7 +191,13 @@ class Announcer:
                 logger.warning("could not announce %d experts, %d in a row: %s", len(self.uids), failures, e)
 
     def _announce(self) -> None:
+        with self._announcing:
+            self._announce_next()
+
+    def _announce_next(self) -> None:
         self._last_attempt = time.monotonic()
+        if not self.uids:
+            return
         try:
             info = self.get_info()
             until = get_dht_time() + self.expiration_s

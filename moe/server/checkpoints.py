@@ -291,7 +291,7 @@ class CheckpointSaver:
 
     A save that fails is logged and tried again after the next period; it never ends the thread.
 
-    :param experts: uid -> backend
+    :param experts: uid -> backend; assign another mapping to ``experts`` when some come or go
     :param checkpoint_dir: an existing directory
     :param period_s: from the end of one save to the beginning of the next
     :param keep_last: how many checkpoints of each expert to keep

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 
@@ -34,10 +36,17 @@ Authorizer = Callable[[str, str, str], bool]
 _HASH_IN_THREAD_BYTES = 2**20  # globals larger than this are digested off the event loop; ours, about 1 ms
 
 
+class Traffic(NamedTuple):
+    """Requests for some experts: opened so far, and open now. One for a chain counts once for each of them."""
+
+    opened: int
+    open: int
+
+
 class ConnectionHandler:
     """Serves requests for a set of experts.
 
-    :param backends: experts by uid
+    :param backends: experts by uid; more may come and some go later: ``host``, ``drop``
     :param config: what is accepted
     :param authorize: called with (peer id, method, uid); False refuses the request before any of its tensors is read
     """
@@ -49,9 +58,11 @@ class ConnectionHandler:
         *,
         authorize: Authorizer | None = None,
     ):
-        self.backends, self.config, self.authorize = backends, config or HandlerConfig(), authorize
+        self.backends, self.config, self.authorize = dict(backends), config or HandlerConfig(), authorize
         self.inflight_bytes = 0
         self.requests = 0
+        self._opened: Counter[str] = Counter()  # requests by uid, so far and now
+        self._open: Counter[str] = Counter()
         self.once: OnceWindow[Task] = OnceWindow(
             self.config.once_max_replies, self.config.once_max_bytes, self.config.once_window_s
         )
@@ -78,7 +89,32 @@ class ConnectionHandler:
             if self.authorize is not None and not self.authorize(peer, method, name):
                 raise Refused(f"this peer is not allowed to call {method}", uid=name)
         self.requests += 1
-        return RequestAdmission(self, backends, peer, method, header, time.monotonic())
+        admission = RequestAdmission(self, backends, peer, method, header, time.monotonic())
+        for name in uids:
+            self._opened[name] += 1
+            self._open[name] += 1
+        return admission
+
+    def closed(self, uids: Iterable[str]) -> None:
+        """A request for these experts has ended."""
+        for uid in uids:
+            self._open[uid] -= 1
+
+    # --- experts that come and go; in the event loop, like all of this -----------------------------------------------
+
+    def host(self, backends: Mapping[str, ExpertBackend]) -> None:
+        """Take requests for more experts."""
+        self.backends = {**self.backends, **backends}
+
+    def drop(self, uids: Iterable[str]) -> None:
+        """Take no more requests for these experts; those that are open are served."""
+        leaving = set(uids)
+        self.backends = {uid: backend for uid, backend in self.backends.items() if uid not in leaving}
+
+    def traffic(self, uids: Iterable[str]) -> Traffic:
+        """Requests for these experts."""
+        uids = list(uids)
+        return Traffic(sum(self._opened[uid] for uid in uids), sum(self._open[uid] for uid in uids))
 
     def _backend(self, uid: str) -> ExpertBackend:
         backend = self.backends.get(uid)
@@ -121,6 +157,7 @@ class RequestAdmission:
         now: float,
     ):
         self._handler, self._backends, self._peer, self._method, self._header = handler, backends, peer, method, header
+        self._uids = tuple(backend.name for backend in backends)
         self._chain = _planned(backends, header)
         inputs = self._chain.entries
         self._wants = tuple(entry.proto.is_floating_point for entry in inputs)
@@ -180,6 +217,8 @@ class RequestAdmission:
         """Give back the bytes held in flight."""
         self._handler.inflight_bytes -= self._bytes
         self._bytes = 0
+        self._handler.closed(self._uids)
+        self._uids = ()
 
     async def run(self, tensors: Sequence[torch.Tensor]) -> Reply:
         """Wait for the expert's answer, or for those of a chain's blocks, until the caller's deadline."""

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +41,7 @@ class HasPools(Protocol):
 class Runtime:
     """Runs the batches of all pools on one device, in one thread.
 
-    :param backends: by uid; their pools are served, each once
+    :param backends: by uid; their pools are served, each once. More may come and some go later: ``add``, ``remove``
     :param device: backends and batches are moved there; None: they stay where they are
     :param prefetch_batches: batches moved to the device ahead of time; None: 1 on an accelerator, 0 on CPU, where moving
         is free and every batch taken early is a batch that can no longer grow
@@ -62,7 +62,7 @@ class Runtime:
         on_batch: BatchHook | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.backends = backends
+        self.backends: dict[str, HasPools] = dict(backends)
         self.device = torch.device(device) if device is not None else None
         on_accelerator = self.device is not None and self.device.type != "cpu"
         self.prefetch_batches = int(on_accelerator) if prefetch_batches is None else prefetch_batches
@@ -101,6 +101,38 @@ class Runtime:
         self._thread = threading.Thread(target=self._run, name="moe-runtime", daemon=True)
         self._thread.start()
         self.ready.set()
+
+    def add(self, backends: Mapping[str, HasPools]) -> None:
+        """Serve more backends, from any thread; the calling one moves them to the device. Allowed before start, too.
+
+        :raises LifecycleError: if the Runtime is stopping or has died
+        """
+        if self.device is not None and self._thread is not None:
+            for backend in backends.values():
+                backend.to(self.device)
+        with self._wake:
+            if self._stopping:
+                raise LifecycleError("this Runtime is stopping")
+            self.backends = {**self.backends, **backends}
+            new = tuple(dict.fromkeys(pool for backend in backends.values() for pool in backend.get_pools()))
+            self.pools += new
+        if self._thread is not None:
+            for pool in new:
+                pool.attach(self._notify)
+                self._notify(pool)  # it may hold tasks already
+
+    def remove(self, uids: Iterable[str]) -> None:
+        """Serve these backends no more: their waiting tasks fail as Unavailable, a batch that runs is finished."""
+        leaving = set(uids)
+        with self._wake:
+            left = [pool for uid in leaving for pool in self.backends[uid].get_pools()]
+            self.backends = {uid: backend for uid, backend in self.backends.items() if uid not in leaving}
+            self.pools = tuple(pool for pool in self.pools if pool not in left)
+        for pool in left:
+            pool.close(Unavailable(f"{pool.name} has left this server"))
+            pool.detach()
+            with self._wake:
+                self._active.pop(pool, None)
 
     def is_alive(self) -> bool:
         """True while the loop runs."""
@@ -149,6 +181,7 @@ class Runtime:
                 pool.process(batch)
                 self._busy_since = math.inf
                 batch = []
+                del pool  # one that is removed now must not stay in memory until there is more to do
         except BaseException as e:
             self._fail(e, batch, batches)
         finally:
@@ -182,6 +215,7 @@ class Runtime:
                 yield batch
             else:
                 yield from self._on_device(*batch, self.device)
+            del batch  # as in _run
 
     def _on_device(self, pool: TaskPool, tasks: list[Task], device: torch.device) -> Iterator[Batch]:
         """The batch with its tensors on the device; in halves, if there is no room for all at once."""
@@ -209,8 +243,8 @@ class Runtime:
                 seen = self._submissions
                 if self._stopping:
                     return None
-                for pool in [pool for pool in self._active if pool.empty]:
-                    del self._active[pool]  # under the lock: a submission that comes now puts it back
+                # under the lock: a submission that comes now puts a pool back that is left out here
+                self._active = {pool: None for pool in self._active if not pool.empty}
                 pools = list(self._active)
             now = self._clock()
             ranks = [(rank, i) for i, pool in enumerate(pools) if (rank := pool.most_urgent(now)) is not None]

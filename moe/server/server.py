@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from moe.server.assembly import ServerParts, assemble
 from moe.server.checkpoints import CheckpointSaver
 from moe.server.connection_handler import Authorizer, ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
+from moe.server.hosting import Hosting
 from moe.server.runtime import BatchHook, Runtime
 from moe.server.stats import ExpertStatistics, ServerStatistics, served_rates
 from moe.transport.direct import DirectServer
@@ -104,21 +105,27 @@ class Server:
             expiration_s=expiration,
             stats_report_interval_s=stats_report_interval,
         )
-        self.dht, self.expert_backends = dht, dict(backends)
-        self.runtime = Runtime(
-            self.expert_backends, device=device, prefetch_batches=prefetch_batches, on_batch=on_batch
-        )
-        self.handler = ConnectionHandler(self.expert_backends, handler_config, authorize=authorize)
+        self.dht = dht
+        self.runtime = Runtime(backends, device=device, prefetch_batches=prefetch_batches, on_batch=on_batch)
+        self.handler = ConnectionHandler(backends, handler_config, authorize=authorize)
         self.checkpoint_saver = (
             None
             if checkpoint_dir is None
             else CheckpointSaver(
-                self.expert_backends, checkpoint_dir, self.config.checkpoint_period_s, self.config.keep_checkpoints
+                dict(backends), checkpoint_dir, self.config.checkpoint_period_s, self.config.keep_checkpoints
             )
         )
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         self._stop_requested = threading.Event()
+        self._hosting = Hosting(
+            backends,
+            self.runtime,
+            self.handler,
+            self.checkpoint_saver,
+            config=self.config,
+            stopping=self._stop_requested,
+        )
         self._stopped = threading.Event()
         self._lifecycle = threading.Lock()
         self._undo: list[tuple[str, Callable[[], object]]] = []  # how to stop what was started, in order of the start
@@ -147,7 +154,12 @@ class Server:
             raise
 
     @property
-    def module_backends(self) -> dict[str, ExpertBackend]:
+    def expert_backends(self) -> Mapping[str, ExpertBackend]:
+        """The experts hosted now, by uid."""
+        return self._hosting.backends
+
+    @property
+    def module_backends(self) -> Mapping[str, ExpertBackend]:
         """hivemind's name of ``expert_backends``."""
         return self.expert_backends
 
@@ -233,6 +245,7 @@ class Server:
         daemon_maddr = resolve_p2p(self.dht, self.config.start_timeout_s)
         loop = EventLoopThread("moe-server-loop")
         self._undo.append(("the network thread", loop.stop))
+        self._hosting.loop = loop
         issue_ticket = None
         if self.config.direct:
             hosts = self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))
@@ -249,8 +262,6 @@ class Server:
         self.runtime.start(on_failure=lambda error: self._stop_requested.set())
 
     def _start_announcing(self) -> None:
-        if not self.expert_backends:
-            return
         announcer = Announcer(
             self.dht,
             list(self.expert_backends),
@@ -259,11 +270,12 @@ class Server:
             self.config.announce_expiration_s,
         )
         announcer.start()
+        self._hosting.announcer = announcer
         self._undo.append(("announcements", lambda: announcer.stop(retract=not self._cut_off, timeout_s=3.0)))
 
     def _announcement(self) -> ServerInfo:
-        first = next(iter(self.expert_backends.values()))
-        parameter = next(first.module.parameters(), None)
+        modules = (backend.module for backend in self.expert_backends.values())
+        parameter = next((parameter for module in modules for parameter in module.parameters()), None)
         return ServerInfo(
             version=__version__,
             dtype="" if parameter is None else str(parameter.dtype).removeprefix("torch."),
@@ -272,6 +284,34 @@ class Server:
             pending_tasks=self.statistics().total.pending,
             started_at=self._started_at,
         )
+
+    # --- experts that come and go ------------------------------------------------------------------------------------------
+
+    def add_backends(self, backends: Mapping[str, ExpertBackend], timeout_s: float | None = None) -> None:
+        """Host more experts, while the server runs. Returns when others can find and call them.
+
+        :param backends: experts by uid
+        :param timeout_s: until they must be visible; default ``config.start_timeout_s``
+        :raises ConfigError: an expert of this name is here already, or the name is not the backend's
+        :raises LifecycleError: the server is not running
+        :raises MoEError: they cannot be announced; they are not hosted then
+        """
+        self._hosting.add(backends, timeout_s)
+
+    def remove_backends(
+        self, uids: Collection[str], *, quiet_s: float | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Host these experts no longer. No request is lost: they are made invisible, and served until nobody has called
+        them for a while; then calls are refused as ExpertNotFound, which tells clients to look for another server; when
+        the last answer is sent, their pools are dropped and, with checkpoints, they are saved. Returns when that is done.
+
+        :param uids: experts hosted now
+        :param quiet_s: how long nobody must have called them; default ``config.drain_quiet_s``
+        :param timeout_s: how long to wait for that; default ``config.drain_timeout_s``
+        :raises ConfigError: an expert that is not here, or about to leave already
+        :raises LifecycleError: the server is not running
+        """
+        self._hosting.remove(uids, quiet_s=quiet_s, timeout_s=timeout_s)
 
     # --- while it runs -----------------------------------------------------------------------------------------------------
 

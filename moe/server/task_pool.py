@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ class TaskPool:
         self._closed: MoEError | None = None
         self._on_submit: Callable[[TaskPool], None] | None = None
         self._done = PoolStatistics()
+        self._this = weakref.ref(self)  # for futures, which are kept longer than a pool that leaves the server
 
     def __repr__(self) -> str:
         return f"TaskPool({self.name!r}, {self._queue!r})"
@@ -155,7 +157,8 @@ class TaskPool:
                 raise _another(self._closed)
             self._queue.add(waiting)
             self._tasks[task.number] = task
-        task.future.add_done_callback(lambda future: self._forget(task.number) if future.cancelled() else None)
+        number, this = task.number, self._this
+        task.future.add_done_callback(lambda future: _forget(this, number) if future.cancelled() else None)
         if self._on_submit is not None:
             self._on_submit(self)
         return task.future
@@ -169,11 +172,6 @@ class TaskPool:
         group = signature(self.name, (), entries, args)
         task = Task("forward", (), entries, list(args), rows, group, priority=priority, deadline=deadline)
         return self.submit(task)
-
-    def _forget(self, number: int) -> None:
-        with self._lock:
-            self._queue.remove(number)
-            self._tasks.pop(number, None)
 
     def statistics(self) -> PoolStatistics:
         """Counters, and how many tasks wait."""
@@ -267,6 +265,15 @@ class TaskPool:
                 task.future.set_exception(outcome)
             else:
                 task.future.set_result(outcome)
+
+
+def _forget(pool_ref: weakref.ref[TaskPool], number: int) -> None:
+    """Take a task out of the queue of its pool."""
+    pool = pool_ref()
+    if pool is not None:
+        with pool._lock:
+            pool._queue.remove(number)
+            pool._tasks.pop(number, None)
 
 
 def _another(error: MoEError) -> MoEError:
