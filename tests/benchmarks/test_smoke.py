@@ -25,6 +25,7 @@ SYSTEMS = {
     "throughput": {"moe", "hivemind"},
     "latency": {"moe"},
     "breakdown": {"moe"},
+    "means": {"moe"},
     "moe": {"moe", "hivemind"},
     "kwargs": {"moe"},
     "footprint": {"moe"},
