@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe.client.expert import RemoteExpert as RemoteExpert
     from moe.client.expert import get_experts as get_experts
     from moe.client.moe import RemoteMixtureOfExperts as RemoteMixtureOfExperts
+    from moe.client.prompts import DeepPrompts as DeepPrompts
     from moe.client.sequence_manager import SequenceManager as SequenceManager
     from moe.client.sequential import RemoteSequential as RemoteSequential
     from moe.client.switch_moe import RemoteSwitchMixtureOfExperts as RemoteSwitchMixtureOfExperts
@@ -39,6 +40,7 @@ _HOMES = {
     "moe.client.expert": ("RemoteExpert", "get_experts"),
     "moe.client.moe": ("RemoteMixtureOfExperts",),
     "moe.client.sequence_manager": ("SequenceManager",),
+    "moe.client.prompts": ("DeepPrompts",),
     "moe.client.sequential": ("RemoteSequential",),
     "moe.client.switch_moe": ("RemoteSwitchMixtureOfExperts",),
     "moe.dht": ("DHT", "declare_experts"),

@@ -143,10 +143,15 @@ class Chain:
         return args + tuple(wants[position] for position in block.kwargs)
 
     def part(self, start: int, stop: int) -> tuple[Chain, tuple[int, ...]]:
-        """Blocks ``start:stop`` as a chain of their own, and the positions of the kwarg tensors it takes, in its order."""
+        """Blocks ``start:stop`` as a chain of their own, and the positions of the kwarg tensors it takes, in its order.
+
+        A single block is called as one expert, which has a place for each of its kwargs: what it takes twice is there twice.
+        """
         blocks = self.blocks[start:stop]
-        used = tuple(sorted({position for block in blocks for position in block.kwargs}))
+        if len(blocks) == 1:
+            return Chain.single(blocks[0].uid, blocks[0].schema, blocks[0].present), blocks[0].kwargs
         args = len(blocks[0].schema.arg_entries)
+        used = tuple(dict.fromkeys(position for block in blocks for position in block.kwargs))
         moved = {position: args + i for i, position in enumerate(used)}
         return Chain([block._replace(kwargs=tuple(moved[p] for p in block.kwargs)) for block in blocks]), used
 

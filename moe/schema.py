@@ -310,6 +310,15 @@ class ExpertSchema:
         """
         if len(args) != len(self.args):
             raise SchemaError(f"args: expected {len(self.args)} positional arguments {self.args}, got {len(args)}")
+        present, of_kwargs = self.bind_kwargs(kwargs)
+        tensors: list[Any] = []
+        for i, (arg, structure) in enumerate(zip(args, self.args)):
+            tensors += _flatten_up_to(structure, arg, f"args[{i}]", "got")
+        _check_tensors(self.arg_entries, tensors)
+        return BoundCall(present, tensors + of_kwargs)
+
+    def bind_kwargs(self, kwargs: Mapping[str, Nested]) -> BoundCall:
+        """``bind`` for a call whose args come from elsewhere: only the tensors of its kwargs."""
         unknown = [name for name in kwargs if name not in self.kwargs]
         missing = [name for name in self.required if name not in kwargs]
         if unknown or missing:
@@ -320,14 +329,10 @@ class ExpertSchema:
             raise SchemaError(f"kwargs: {problem}; this expert takes required {list(self.required)}{optional}")
         present = tuple(name for name in self.optional if name in kwargs)
         tensors: list[Any] = []
-        for i, (arg, structure) in enumerate(zip(args, self.args)):
-            tensors += _flatten_up_to(structure, arg, f"args[{i}]", "got")
         for name in self.kwargs:
             if name in kwargs:
                 tensors += _flatten_up_to(self.kwargs[name], kwargs[name], f"kwargs[{name!r}]", "got")
-        for tensor, entry in zip(tensors, self.input_entries(present)):
-            if not isinstance(tensor, torch.Tensor):
-                raise SchemaError(f"{entry.path}: expected a tensor {entry.proto}, got {type(tensor).__name__}")
+        _check_tensors(self.input_entries(present)[len(self.arg_entries) :], tensors)
         return BoundCall(present, tensors)
 
     def check_declared_kinds(self, batch_kwargs: Mapping[str, Nested], global_kwargs: Mapping[str, Nested]) -> None:
@@ -546,6 +551,12 @@ def _map_protos(structure: Nested, path: str, depth: int = 0) -> Nested:
         return as_proto(structure)
     except SchemaError as e:
         raise SchemaError(f"{path}: {e.message}") from None
+
+
+def _check_tensors(entries: Sequence[Entry], values: Sequence[Any]) -> None:
+    for value, entry in zip(values, entries):
+        if not isinstance(value, torch.Tensor):
+            raise SchemaError(f"{entry.path}: expected a tensor {entry.proto}, got {type(value).__name__}")
 
 
 def _flatten_up_to(structure: Nested, value: Nested, path: str, verb: str) -> list[Any]:

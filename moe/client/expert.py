@@ -172,7 +172,7 @@ class RemoteExpert(nn.Module):
         except SchemaError as e:
             hint = "" if description.native else " (a stock hivemind server, which takes no global or optional kwargs)"
             raise SchemaError(f"{e.message}{hint}", uid=self.uid) from None
-        trigger = _grad_trigger(description.trainable)
+        trigger = grad_trigger(description.trainable)
         apply: Callable[..., tuple[torch.Tensor, ...]] = _RemoteExpertCall.apply
         outputs = apply(trigger, self.caller, schema, present, budget, *tensors)
         return schema.pack_outputs(outputs)
@@ -196,7 +196,7 @@ def merge_kwargs(
     return {**kwargs, **batched, **shared}
 
 
-def _grad_trigger(trainable: bool) -> torch.Tensor:
+def grad_trigger(trainable: bool) -> torch.Tensor:
     """Makes autograd call backward although no input requires a gradient: an expert with an optimizer wants to train."""
     return torch.empty(0, requires_grad=trainable)
 

@@ -58,9 +58,10 @@ class Terms:
         """How many of the rows fit into one request."""
         shared = sum(t.nbytes for entry, t in zip(entries, tensors) if not entry.proto.batched)
         per_row = sum(t.nbytes for entry, t in zip(entries, tensors) if entry.proto.batched) / max(1, rows)
-        if per_row <= 0:
-            return self.max_rows
-        return max(0, min(self.max_rows, int((_REQUEST_FILL * self.max_bytes - shared) // per_row)))
+        left = _REQUEST_FILL * self.max_bytes - shared
+        if left < per_row:
+            return 0
+        return min(self.max_rows, int(left // per_row)) if per_row else self.max_rows
 
 
 def make_header(

@@ -1,0 +1,316 @@
+"""Spans: consecutive blocks at one server. Owns: what servers say of their blocks, and what of a span goes into one request.
+
+Must not know: routes, retries, autograd. Everything runs in the client's event loop. A server that runs chains gets a span in
+one request; another one (a stock hivemind server) gets its blocks one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from moe.chains import Chain
+from moe.client.requests import (
+    Gradients,
+    Request,
+    Terms,
+    all_or_cancel,
+    join_gradients,
+    join_outputs,
+    make_header,
+    part_of_request_id,
+    ranges_of,
+)
+from moe.client.routing import Span
+from moe.config import ClientConfig
+from moe.errors import MoEError
+from moe.expert_uid import PeerIDLike
+from moe.schema import MAX_TENSORS, Entry, ExpertSchema, cast_inputs, count_rows
+from moe.transport.base import Budget, ExpertTransport, within
+from moe.wire.messages import (
+    MAX_CHAIN_BLOCKS,
+    MAX_HEADER_BYTES,
+    REQUEST_ID_BYTES,
+    ExpertDescription,
+    encode_header,
+)
+
+MAX_REMEMBERED = 16384  # descriptions; ours, a few KB each at the most where schemas are equal
+
+Described = tuple[ExpertDescription, ExpertSchema]
+
+
+class Unsuitable(MoEError):
+    """A server's block is not the one this call was made for: nobody's failure, but it has to go elsewhere."""
+
+
+class BoundCall:
+    """A call of a sequence, or a range of its rows: which tensor goes where, ready to be sent.
+
+    :param chain: all blocks of the sequence
+    :param tensors: args of the first block and kwargs, flat; CPU, in the schemas' dtypes
+    """
+
+    def __init__(self, chain: Chain, tensors: Sequence[torch.Tensor]):
+        self.chain, self.tensors = chain, list(tensors)
+        self.rows = count_rows(chain.entries, [tensor.shape for tensor in tensors])
+        self._parts: dict[tuple[int, int], tuple[Chain, tuple[int, ...]]] = {}
+
+    def __repr__(self) -> str:
+        return f"BoundCall({self.chain!r}, {self.rows} rows)"
+
+    @property
+    def args(self) -> list[torch.Tensor]:
+        """Those of the first block, flat."""
+        return self.tensors[: self.chain.args]
+
+    def part(self, span: Span) -> tuple[Chain, tuple[int, ...]]:
+        """The chain of a span, and the positions of the kwarg tensors it takes."""
+        key = (span.start, span.end)
+        if key not in self._parts:
+            self._parts[key] = self.chain.part(*key)
+        return self._parts[key]
+
+    def inputs_of(self, span: Span, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A span's tensors: its args in the dtypes it takes, then kwargs."""
+        chain, used = self.part(span)
+        args = cast_inputs(chain.blocks[0].schema.arg_entries, args)
+        return [*args, *(self.tensors[position] for position in used)]
+
+
+class SpanGradients(NamedTuple):
+    """What a span's backward gives.
+
+    :ivar args: of the args of its first block; None for those that were not wanted
+    :ivar kwargs: (position among the call's tensors, gradient); of one tensor there may be several
+    """
+
+    args: Gradients
+    kwargs: list[tuple[int, torch.Tensor]]
+
+
+class KnownBlocks:
+    """What servers have told of their blocks. Shared by a sequence and its slices.
+
+    :ivar schemas: by uid, from whichever server told first: what calls are checked against
+    """
+
+    def __init__(self) -> None:
+        self.schemas: dict[str, Described] = {}
+        self._told: OrderedDict[tuple[str, str], Described] = OrderedDict()
+        self.asking: dict[tuple[str, str], asyncio.Future[Described]] = {}
+
+    def __repr__(self) -> str:
+        return f"KnownBlocks({len(self.schemas)} blocks, {len(self._told)} descriptions)"
+
+    def find(self, peer: str, uid: str) -> Described | None:
+        """What this server told of this block."""
+        return self._told.get((peer, uid))
+
+    def remember(self, peer: str, description: ExpertDescription, uid: str) -> Described:
+        """Note what a server told; equal schemas are one object."""
+        known = self.schemas.get(uid)
+        same = known is not None and known[0].schema == description.schema
+        described = description, known[1] if known is not None and same else description.expert_schema()
+        self._told[peer, uid] = described
+        while len(self._told) > MAX_REMEMBERED:
+            self._told.popitem(last=False)
+        return described
+
+    def forget(self, peer: str) -> None:
+        """This server may be another one next time."""
+        for key in [key for key in self._told if key[0] == peer]:
+            del self._told[key]
+
+    def clear(self) -> None:
+        """Ask everything again."""
+        self.schemas.clear()
+        self._told.clear()
+
+
+class SpanCaller:
+    """Calls spans of the blocks of a sequence.
+
+    :param transport: how calls travel
+    :param config: deadlines
+    :param known: what servers have told
+    """
+
+    def __init__(self, transport: ExpertTransport, config: ClientConfig, known: KnownBlocks):
+        self.transport, self.config, self.known = transport, config, known
+
+    def __repr__(self) -> str:
+        return f"SpanCaller({self.known!r})"
+
+    # --- what servers say ------------------------------------------------------------------------------------------------
+
+    async def describe(self, peer: PeerIDLike, uids: Sequence[str], budget: Budget) -> list[Described]:
+        """What a server tells of some blocks; asked for once.
+
+        :raises MoEError: it does not answer, or not with a description
+        """
+        distinct = list(dict.fromkeys(uids))
+        told = dict(zip(distinct, await all_or_cancel(self._told(peer, uid, budget) for uid in distinct)))
+        return [told[uid] for uid in uids]
+
+    async def _told(self, peer: PeerIDLike, uid: str, budget: Budget) -> Described:
+        name = peer.to_base58()
+        known = self.known.find(name, uid)
+        if known is not None:
+            return known
+        asking = self.known.asking.get((name, uid))
+        if asking is None:
+            asking = self.known.asking[name, uid] = asyncio.ensure_future(self._ask(peer, uid))
+            asking.add_done_callback(lambda future: self._asked(name, uid, future))
+        return await within(asyncio.shield(asking), budget.left_s(), f"info of {uid}", name)
+
+    async def _ask(self, peer: PeerIDLike, uid: str) -> Described:
+        description = await self.transport.info(peer, uid, timeout_s=self.config.connect_timeout_s)
+        return self.known.remember(peer.to_base58(), description, uid)
+
+    def _asked(self, peer: str, uid: str, future: asyncio.Future[Described]) -> None:
+        self.known.asking.pop((peer, uid), None)
+        if not future.cancelled():
+            future.exception()  # those who asked may have gone
+
+    async def _terms(self, call: BoundCall, span: Span, budget: Budget) -> Terms:
+        """What the server takes in requests for this span.
+
+        :raises Unsuitable: its blocks are other ones
+        """
+        blocks = call.chain.blocks[span.start : span.end]
+        described = await self.describe(span.peer_id, [block.uid for block in blocks], budget)
+        for block, (description, schema) in zip(blocks, described):
+            if not _suits(block.schema, schema, block.present):
+                stock = "" if description.native else " (a stock hivemind server, no global or optional kwargs)"
+                raise Unsuitable(
+                    f"{block.uid} takes {schema}{stock} there, which does not fit this call for {block.schema}",
+                    peer=span.peer_id.to_base58(),
+                    uid=block.uid,
+                )
+        return Terms.of([description for description, _ in described])
+
+    async def cut(self, call: BoundCall, span: Span, budget: Budget) -> list[Span]:
+        """The pieces of a span that fit into one request each, one row at least.
+
+        :raises Unsuitable: the server's blocks are other ones
+        """
+        terms = await self._terms(call, span, budget)
+        if not terms.chains:
+            return [Span(span.peer_id, block, block + 1) for block in range(span.start, span.end)]
+        return _cut(call, span, terms)
+
+    # --- calls -----------------------------------------------------------------------------------------------------------
+
+    async def forward(
+        self, call: BoundCall, span: Span, args: Sequence[torch.Tensor], budget: Budget
+    ) -> list[torch.Tensor]:
+        """Flat outputs of the span's last block.
+
+        :param args: of its first block, flat
+        :raises MoEError: the server failed, or its answer does not fit
+        """
+        terms = await self._terms(call, span, budget)
+        request = self._request(call, span)
+        entries, tensors = request.chain.entries, call.inputs_of(span, args)
+        ranges = request.row_ranges(terms, entries, tensors, call.rows)
+        parts = ranges_of(entries, tensors, ranges)
+        timeout_s = budget.left_s(self.config.request_timeout_s)
+        return join_outputs(
+            await all_or_cancel(
+                request.forward(span.peer_id, terms, part, b - a, timeout_s) for part, (a, b) in zip(parts, ranges)
+            )
+        )
+
+    async def backward(
+        self,
+        call: BoundCall,
+        span: Span,
+        args: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor],
+        wants: Sequence[bool],
+        first_needed: int,
+        request_id: bytes,
+        budget: Budget,
+    ) -> SpanGradients:
+        """Gradients of the span's tensors, given those of its floating-point outputs; trains its blocks, once.
+
+        :param wants: which of the call's tensors want a gradient
+        :param first_needed: where the backward will end, see ``Chain.first_needed``
+        :param request_id: of the backward of all blocks
+        :raises MoEError: the server failed, or its answer does not fit
+        """
+        terms = await self._terms(call, span, budget)
+        request = self._request(call, span)
+        _, used = call.part(span)
+        count = len(args)
+        flags = call.chain.wants_of(span.start, wants, first_needed)[:count] + tuple(wants[p] for p in used)
+        entries = request.chain.entries
+        every, tensors = (
+            (*entries, *request.chain.gradient_entries),
+            [*call.inputs_of(span, args), *grad_outputs],
+        )
+        ranges = request.row_ranges(terms, every, tensors, call.rows)
+        timeout_s = budget.left_s(self.config.request_timeout_s)
+        pieces = await all_or_cancel(
+            request.backward(
+                span.peer_id,
+                terms,
+                part[: len(entries)],
+                part[len(entries) :],
+                flags,
+                [part_of_request_id(request_id, block, *bounds) for block in range(span.start, span.end)],
+                timeout_s,
+            )
+            for part, bounds in zip(ranges_of(every, tensors, ranges), ranges)
+        )
+        grads = join_gradients(entries, pieces)
+        kwargs = [(position, grad) for position, grad in zip(used, grads[count:]) if grad is not None]
+        return SpanGradients(grads[:count], kwargs)
+
+    def _request(self, call: BoundCall, span: Span) -> Request:
+        return Request(self.transport, call.part(span)[0], self.config.detect_anomalies)
+
+
+def _cut(call: BoundCall, span: Span, terms: Terms) -> list[Span]:
+    """Halve a span until each piece fits into a request."""
+    if len(span) == 1 or _fits(call, span, terms):
+        return [span]
+    middle = (span.start + span.end) // 2
+    halves = Span(span.peer_id, span.start, middle), Span(span.peer_id, middle, span.end)
+    return [piece for half in halves for piece in _cut(call, half, terms)]
+
+
+def _fits(call: BoundCall, span: Span, terms: Terms) -> bool:
+    chain, used = call.part(span)
+    if len(chain) > MAX_CHAIN_BLOCKS or len(chain.users) > MAX_TENSORS:
+        return False
+    every = (True,) * len(chain.users)
+    header = make_header(chain, True, 1.0, every, [bytes(REQUEST_ID_BYTES)] * len(chain))
+    assert header is not None
+    if len(encode_header(header)) > MAX_HEADER_BYTES:
+        return False
+    kwargs = chain.entries[chain.args :]
+    half = replace(terms, max_bytes=terms.max_bytes // 2)  # the rest is for args and gradients
+    return half.room(kwargs, [call.tensors[position] for position in used], call.rows) > 0
+
+
+def _suits(own: ExpertSchema, theirs: ExpertSchema, present: tuple[str, ...]) -> bool:
+    """Can a call made for one schema be sent to a server of the other? Codecs may differ."""
+    if own is theirs:
+        return True
+    if not set(present) <= set(theirs.optional) or len(own.arg_entries) != len(theirs.arg_entries):
+        return False
+    return _shapes_of(own.input_entries(present)) == _shapes_of(theirs.input_entries(present)) and (
+        [proto for _, proto in _shapes_of(own.output_entries)]
+        == [proto for _, proto in _shapes_of(theirs.output_entries)]
+    )
+
+
+def _shapes_of(entries: Sequence[Entry]) -> list[tuple[str, tuple[object, ...]]]:
+    return [(path, (proto.batched, proto.dtype, proto.sizes)) for path, proto in entries]
