@@ -17,6 +17,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
@@ -276,6 +277,21 @@ class ExpertBackend:
         args, kwargs = self.schema.pack_inputs(inputs, tuple(present))
         with torch.no_grad():
             return tuple(self._call_module(args, kwargs))
+
+    def dry_run(self, rows: int, any_length: int) -> float:
+        """Apply the module to zeros, without optional kwargs, leaving no trace in it.
+
+        :param any_length: size of axes of any length
+        :returns: seconds it took
+        :raises Exception: whatever the module raises
+        """
+        with self.step_lock, _no_trace(self.module):
+            args, kwargs = self.schema.pack_inputs(_zeros_for(self.module, self.schema, rows, any_length), ())
+            begin = time.perf_counter()
+            for output in self._call_module(args, kwargs):
+                if output.is_cuda:
+                    torch.cuda.synchronize(output.device)
+            return time.perf_counter() - begin
 
     def _run_forward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
@@ -684,6 +700,17 @@ def _no_trace(module: nn.Module) -> Iterator[None]:
                         buffer.copy_(values[id(buffer)])
 
 
+def _zeros_for(module: nn.Module, schema: ExpertSchema, rows: int, any_length: int) -> list[torch.Tensor]:
+    """Flat inputs without the optional ones, where the module is."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return [
+        proto.make_zeros(rows, any_length=any_length, device=device)
+        if isinstance(proto, BatchTensorProto)
+        else proto.make_zeros(any_length=any_length, device=device)
+        for _, proto in schema.input_entries(())
+    ]
+
+
 def _infer_outputs(name: str, module: nn.Module, schema: ExpertSchema) -> Nested:
     """Find what a module returns from two dry runs of different batch size and different "any" lengths.
 
@@ -694,15 +721,8 @@ def _infer_outputs(name: str, module: nn.Module, schema: ExpertSchema) -> Nested
 
     shapes: list[list[torch.Tensor]] = []
     structure: Any = None
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     for rows, length in zip((DUMMY_BATCH_SIZE, DUMMY_BATCH_SIZE - 1), _DRY_RUN_LENGTHS):
-        tensors = [
-            proto.make_zeros(rows, any_length=length, device=device)
-            if isinstance(proto, BatchTensorProto)
-            else proto.make_zeros(any_length=length, device=device)
-            for _, proto in schema.input_entries(())
-        ]
-        args, kwargs = schema.pack_inputs(tensors, ())
+        args, kwargs = schema.pack_inputs(_zeros_for(module, schema, rows, length), ())
         try:
             with _no_trace(module):
                 outputs = module(*args, **kwargs)
