@@ -41,6 +41,7 @@ from moe.schema import (
     validate,
 )
 from moe.server.execution import Outcome, run_isolated
+from moe.server.optim import load_state, move_state, portable_state
 from moe.server.task_pool import Task, TaskPool, TaskResult
 from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
 
@@ -585,7 +586,7 @@ class ExpertBackend:
         with self.step_lock:
             state: dict[str, Any] = {"module": self.module.state_dict()}
             if self.optimizer is not None:
-                state["optimizer"] = self.optimizer.state_dict()
+                state["optimizer"] = portable_state(self.optimizer)
             if self.scheduler is not None:
                 state["scheduler"] = self.scheduler.state_dict()
             state["moe"] = {"uid": self.name, "schema": self.schema.to_plain(), "updates": self.updates}
@@ -595,11 +596,12 @@ class ExpertBackend:
         """Restore ``state_dict``, ours or hivemind's. A missing optimizer or scheduler state is only warned about."""
         with self.step_lock:
             self.module.load_state_dict(state_dict["module"])
+            if self.optimizer is not None and "optimizer" in state_dict:
+                load_state(self.optimizer, state_dict["optimizer"])
+            if self.scheduler is not None and "scheduler" in state_dict:
+                self.scheduler.load_state_dict(state_dict["scheduler"])
             for part in ("optimizer", "scheduler"):
-                owner = getattr(self, part)
-                if owner is not None and part in state_dict:
-                    owner.load_state_dict(state_dict[part])
-                elif owner is not None:
+                if getattr(self, part) is not None and part not in state_dict:
                     logger.warning("%s: the checkpoint has no %s state", self.name, part)
             self.updates = int(state_dict.get("moe", {}).get("updates", 0))
 
@@ -608,10 +610,7 @@ class ExpertBackend:
         with self.step_lock:
             self.module.to(device)
             if self.optimizer is not None:
-                for parameter_state in self.optimizer.state.values():
-                    for key, value in parameter_state.items():
-                        if isinstance(value, torch.Tensor) and value.ndim > 0:
-                            parameter_state[key] = value.to(device)
+                move_state(self.optimizer, device)
 
 
 ModuleBackend = ExpertBackend  # hivemind's name

@@ -1,18 +1,16 @@
-"""Optimizers of experts. Owns: wrappers around torch optimizers, and optimizers by name. Knows nothing of experts."""
+"""Optimizers of experts. Owns: wrappers around torch optimizers, how they compute, their state. Knows nothing of experts."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from moe.config import OPTIMIZERS, check_positive
+from moe.config import check_positive
 from moe.errors import ConfigError
-
-OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 
 
 class MoEOptimizer:
@@ -101,25 +99,63 @@ class ClippingWrapper(OptimizerWrapper):
         torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
 
 
-def make_optimizer_factory(name: str, lr: float | None = None) -> OptimizerFactory | None:
-    """What turns an expert's parameters into its optimizer; it can be pickled.
+# --- how an optimizer computes: a choice of who runs it, and no part of its state ------------------------------------
 
-    ``foreach`` updates all tensors in a few launches; measured bit-equal to the default and 1.3 times as fast on one CPU
-    core (Adam on a 512-2048-512 feed-forward block).
+_HOW = ("fused", "foreach")
 
-    :param name: ``adam``, ``sgd`` or ``none``
-    :param lr: learning rate; hivemind-server's unless told: 0.001 for adam, 0.01 for sgd
-    :returns: None for ``none``: the expert never changes
-    :raises ConfigError: unknown name, bad learning rate, or a learning rate for no optimizer
+
+def fuse(optimizer: Optimizer) -> None:
+    """Let Adam and AdamW update all parameters in one pass over memory, unless somebody chose how they compute.
+
+    torch's default on CPU is a dozen passes, which took three times as long (docs/performance.md). Equal to that to 1e-6 a
+    step. SGD gains nothing.
     """
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}; use one of {', '.join(OPTIMIZERS)}")
-    if name == "none":
-        if lr is not None:
-            raise ConfigError(f"a learning rate ({lr}) is of no use with optimizer 'none'")
-        return None
-    if lr is not None and not 0 < lr < float("inf"):
-        raise ConfigError(f"the learning rate must be a positive number, got {lr}")
-    if name == "sgd":
-        return functools.partial(torch.optim.SGD, lr=0.01 if lr is None else lr, foreach=True)
-    return functools.partial(torch.optim.Adam, lr=0.001 if lr is None else lr, foreach=True)
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or not _fused_adam_works():
+        return
+    for group in optimizer.param_groups:
+        chosen = any(group[how] is not None for how in _HOW) or group["differentiable"]
+        if not chosen and all(parameter.is_floating_point() for parameter in group["params"]):
+            group["fused"] = True
+
+
+@functools.cache
+def _fused_adam_works() -> bool:
+    """False on CPU before torch 2.4."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    try:
+        torch.optim.Adam([parameter], fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+def portable_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's ``state_dict``; whoever loads it decides how to compute."""
+    state = optimizer.state_dict()
+    undecided = [
+        {key: None if key in _HOW else value for key, value in group.items()} for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": undecided}
+
+
+def load_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """``load_state_dict`` that leaves it to this optimizer how it computes."""
+    groups = list(state["param_groups"])
+    for i, own in enumerate(optimizer.param_groups[: len(groups)]):  # torch says what is wrong with more or fewer
+        groups[i] = {**groups[i], **{key: own[key] for key in _HOW if key in own}}
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def move_state(optimizer: Optimizer, device: torch.device | str) -> None:
+    """Move what an optimizer remembers to a device, in place; its parameters are there already.
+
+    Step counts stay on the CPU, as torch has them, except where a fused or captured update reads them on the device.
+    """
+    for group in optimizer.param_groups:
+        counts_too = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            remembered = optimizer.state.get(parameter, {})
+            for key, value in remembered.items():
+                if isinstance(value, torch.Tensor) and (value.ndim > 0 or counts_too):
+                    remembered[key] = value.to(device)
