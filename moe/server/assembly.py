@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from moe.config import HandlerConfig, PoolConfig, ServerConfig, replace_known
 from moe.dht import DHT, find_experts, start_dht, stop_dht
@@ -29,10 +30,12 @@ from moe.server.layers import (
     schedule_name_to_scheduler,
 )
 from moe.server.optim import ClippingWrapper, fuse
+from moe.server.pretrained import PretrainedModel
 from moe.wire.tensors import check_codec_available
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_OPTIMIZER = partial(torch.optim.Adam)  # unlike Adam itself: nobody asked for it
 ATTEMPTS_PER_EXPERT = 10  # hivemind's: uids sampled per uid wanted, before giving up
 _ENUMERATE_UP_TO = 4096  # patterns with fewer uids are searched completely instead of sampled
 
@@ -51,7 +54,7 @@ def assemble(
     expert_pattern: str | None = None,
     expert_cls: str = "ffn",
     hidden_dim: int = 1024,
-    optim_cls: Callable[..., Any] | None = torch.optim.Adam,
+    optim_cls: Callable[..., Any] | None = DEFAULT_OPTIMIZER,
     scheduler: str = "none",
     num_warmup_steps: int | None = None,
     num_training_steps: int | None = None,
@@ -68,6 +71,7 @@ def assemble(
     update_period: float = 30,
     expiration: float | None = None,
     *,
+    model_path: str | Path | None = None,
     block_indices: str | None = None,
     block_prefix: str = "block.",
     total_blocks: int | None = None,
@@ -92,7 +96,8 @@ def assemble(
     :param expert_pattern: such as ``ffn.[0:32].[0:256]``: uids are sampled from it, avoiding those in use
     :param expert_cls: registered name, such as "ffn"
     :param hidden_dim: main dimension of the experts
-    :param optim_cls: called with the parameters of each expert; None: experts never change
+    :param optim_cls: called with the parameters of each expert; None: experts never change. Default: Adam; with
+        ``model_path`` None
     :param scheduler: name of a learning-rate schedule
     :param num_warmup_steps: of the schedule
     :param num_training_steps: of the schedule
@@ -108,7 +113,9 @@ def assemble(
     :param custom_module_path: a file that registers expert classes
     :param update_period: seconds between announcements
     :param expiration: seconds an announcement lives
-    :param block_indices: ``"FIRST:END"``: host these blocks of a model; instead of ``num_experts`` and ``expert_uids``
+    :param model_path: folder with a pretrained Hugging Face model whose blocks are hosted, instead of ``expert_cls``
+    :param block_indices: ``"FIRST:END"``: host these blocks of a model; instead of ``num_experts`` and ``expert_uids``.
+        Default with ``model_path``: all
     :param block_prefix: blocks are experts of ``expert_cls`` with uids ``{block_prefix}{index}``; they begin with the same
         random weights on every server, unless ``checkpoint_dir`` has others
     :param total_blocks: blocks of the model; default: those up to the end of ``block_indices``
@@ -122,12 +129,14 @@ def assemble(
         raise ConfigError(f"expert_uids is a list of uids, got the string {expert_uids!r}")
     exact = expert_pattern is None and num_experts is None and expert_uids is not None
     generated = num_experts is not None and expert_uids is None
-    of_model = block_indices is not None
+    of_model = block_indices is not None or model_path is not None
     if of_model and (num_experts, expert_uids, expert_pattern) != (None, None, None):
         raise ConfigError(
             "block_indices says which experts to host; leave out num_experts, expert_uids and expert_pattern"
         )
-    if blocks is not None and not of_model:
+    if model_path is not None and (blocks, total_blocks) != (None, None):
+        raise ConfigError("model_path is a model with all its blocks; leave out blocks and total_blocks")
+    if blocks is not None and block_indices is None:
         raise ConfigError("blocks: say which ones to host with block_indices")
     if not exact and not generated and not of_model:
         raise ConfigError(
@@ -156,7 +165,11 @@ def assemble(
     check_codec_available(compression)
     if custom_module_path is not None:
         add_custom_models_from_file(custom_module_path)
-    schema = {} if blocks is not None else expert_schema(expert_cls, hidden_dim, compression)
+    pretrained = PretrainedModel(model_path) if model_path is not None else None
+    if pretrained is not None and optim_cls is DEFAULT_OPTIMIZER:
+        optim_cls = None
+    registered = blocks is None and pretrained is None
+    schema = expert_schema(expert_cls, hidden_dim, compression) if registered else {}
     if optim_cls is None and (scheduler != "none" or clip_grad_norm is not None):
         raise ConfigError("scheduler and clip_grad_norm need an optimizer")
     if scheduler not in schedule_name_to_scheduler:
@@ -184,15 +197,23 @@ def assemble(
             detect_anomalies=detect_anomalies,
         ),
     )
-    if blocks is None:
+    if registered:
         make("check.0")  # everything that can be wrong with the module, optimizer and schedule shows here
     own_blocks = range(0)
-    if block_indices is not None:
-        own_blocks = block_range(block_indices)
+    if of_model:
+        total = total_blocks if pretrained is None else pretrained.num_blocks
+        own_blocks = range(total or 0) if block_indices is None else block_range(block_indices)
         blocks = blocks or BlockSource(
             prefix=block_prefix,
-            total=own_blocks.stop if total_blocks is None else total_blocks,
-            make=partial(_make_block, prefix=block_prefix, make=make, checkpoint_path=checkpoint_path),
+            total=own_blocks.stop if total is None else total,
+            make=partial(
+                _make_block,
+                prefix=block_prefix,
+                make=make,
+                checkpoint_path=checkpoint_path,
+                pretrained=pretrained,
+                compression=compression,
+            ),
         )
         blocks.check(own_blocks)
 
@@ -221,6 +242,7 @@ def assemble(
 
 def _make_backend(
     uid: str,
+    module: nn.Module | None = None,
     *,
     expert_cls: str,
     hidden_dim: int,
@@ -231,7 +253,7 @@ def _make_backend(
     clip_grad_norm: float | None,
     options: dict[str, Any],
 ) -> ExpertBackend:
-    module = build_expert(expert_cls, hidden_dim)
+    module = build_expert(expert_cls, hidden_dim) if module is None else module
     optimizer = optim_cls(module.parameters()) if optim_cls is not None else None
     if optimizer is not None:
         fuse(optimizer)
@@ -243,12 +265,23 @@ def _make_backend(
 
 
 def _make_block(
-    index: int, *, prefix: str, make: partial[ExpertBackend], checkpoint_path: Path | None
+    index: int,
+    *,
+    prefix: str,
+    make: partial[ExpertBackend],
+    checkpoint_path: Path | None,
+    pretrained: PretrainedModel | None,
+    compression: int,
 ) -> ExpertBackend:
-    """A block of a model of registered experts: from its checkpoint, else with the same random weights as on other servers."""
+    """A block of a model: from its checkpoint, else as it is on other servers: a pretrained one, or one of a registered class
+    with the same random weights."""
     uid = f"{prefix}{index}"
-    seed = seed_of(make.keywords["expert_cls"], make.keywords["hidden_dim"], uid)
-    backend = seeded(seed, partial(make, uid))
+    if pretrained is not None:
+        block = pretrained.load_block(index)
+        backend = make(uid, block, schema=block.backend_options(compression))
+    else:
+        seed = seed_of(make.keywords["expert_cls"], make.keywords["hidden_dim"], uid)
+        backend = seeded(seed, partial(make, uid))
     if checkpoint_path is not None and uid in find_checkpointed_uids(checkpoint_path):
         load_experts({uid: backend}, checkpoint_path)
     return backend

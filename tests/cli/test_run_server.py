@@ -332,8 +332,8 @@ def test_pretrained_blocks_are_trained_only_if_asked(tmp_path: Path) -> None:
     assert (arguments["model_path"], arguments["optim_cls"], arguments["num_experts"]) == (tmp_path, None, None)
     assert run_server.create_arguments(parse(*model))["num_experts"] is None
     assert run_server.create_arguments(parse(*model, "--optimizer", "adam"))["optim_cls"] is torch.optim.Adam
-    (tmp_path / "config.yml").write_text("optimizer: sgd")
-    assert parse(*model, "-c", str(tmp_path / "config.yml")).optimizer == "sgd"
+    (tmp_path / "own.yml").write_text("optimizer: sgd")
+    assert parse(*model, "-c", str(tmp_path / "own.yml")).optimizer == "sgd"
     with pytest.raises(SystemExit):
         parse(*model, "--lr", "0.1")
 
