@@ -210,8 +210,13 @@ class SequenceCaller:
 
     async def _route(self, start: int, end: int, attempts: _Attempts) -> list[Span]:
         offset = self.offset
-        route = await self.router.make_route(start + offset, end + offset, attempts.budget, avoid=attempts.avoid)
-        return [Span(span.peer_id, span.start - offset, span.end - offset) for span in route]
+
+        async def make() -> list[Span]:
+            found = await self.router.make_route(start + offset, end + offset, attempts.budget, avoid=attempts.avoid)
+            return [Span(span.peer_id, span.start - offset, span.end - offset) for span in found]
+
+        route = await make()
+        return await make() if attempts.forgive(route) else route
 
     # --- backward --------------------------------------------------------------------------------------------------------
 
@@ -302,8 +307,19 @@ class _Attempts:
         self.budget, self.avoid = budget, set[str]()
         self._router, self._spans, self._config = router, spans, config
         self._hopeless: dict[str, MoEError] = {}  # servers that will answer the same again
+        self._latest: set[str] = set()  # to fail
         self._causes: list[str] = []
         self._count = 0
+
+    def forgive(self, route: Sequence[Span]) -> bool:
+        """If all servers of some blocks have failed: avoid only the latest, so that the others get another chance.
+
+        :returns: whether there is anything to choose anew
+        """
+        if not self.avoid.intersection(span.peer_id.to_base58() for span in route):
+            return False
+        before, self.avoid = self.avoid, {*self._hopeless, *self._latest}
+        return self.avoid != before
 
     def check(self, span: Span) -> None:
         """Refuse a route that leads to a server which can only fail again: there is no other.
@@ -349,7 +365,8 @@ class _Attempts:
         where = "no route" if span is None else str(span)
         self._causes.append(f"{where}: {type(error).__name__.lstrip('_')}: {error.message}")
         if span is not None:
-            self.avoid.add(span.peer_id.to_base58())
+            self._latest = {span.peer_id.to_base58()}
+            self.avoid |= self._latest
 
     def _blame(self, error: MoEError, span: Span) -> None:
         name = span.peer_id.to_base58()
