@@ -140,10 +140,16 @@ def test_server_info_round_trip():
         pending_tasks=3,
         addresses=("tls://10.0.0.1:1234", "unix:///tmp/x"),
         started_at=1e9,
+        moving_from="block.[0:4]",
+        moving_to="block.[4:8]",
     )
     plain = MSGPackSerializer.loads(MSGPackSerializer.dumps(info.to_plain()))
     assert ServerInfo.from_plain({**plain, "from_the_future": [1, 2]}) == info
     assert ServerInfo.from_plain({**plain, "uids": ["x.1"], "peer_id": "me", "expiration_time": 5.0}) == info
+
+
+def test_servers_that_do_not_move_say_nothing_about_it():
+    assert not [name for name in ServerInfo().to_plain() if name.startswith("moving")]
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,12 @@ class ServerInfo:
     :param version: of the software
     :param dtype: in which its experts compute
     :param device: on which they do
-    :param throughput_rows_per_s: rows it serves, or can serve
+    :param throughput_rows_per_s: rows it can serve; 0: it does not say
     :param pending_tasks: waiting now; other things equal, the server with fewest is tried first
     :param addresses: for the direct link, as the transport writes them
     :param started_at: Unix time
+    :param moving_from: blocks it is about to leave, as a pattern such as ``block.[0:4]``; it serves them until it has left
+    :param moving_to: blocks it is about to serve instead
     :param peer_id: base58; set by list_servers
     :param expiration_time: DHT time at which this ends unless renewed; set by list_servers
     """
@@ -100,6 +102,8 @@ class ServerInfo:
     pending_tasks: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     addresses: Addresses = ()
     started_at: Amount = 0.0
+    moving_from: Text = ""
+    moving_to: Text = ""
     peer_id: str | None = None
     expiration_time: float | None = None
 
@@ -108,7 +112,8 @@ class ServerInfo:
 
         :raises ConfigError: if a value is longer or larger than readers accept
         """
-        plain = {name: value for name, value in msgspec.to_builtins(self).items() if name not in _SET_BY_READERS}
+        plain = {name: value for name, value in msgspec.to_builtins(self).items() if name not in _NOT_STORED}
+        plain |= {name: text for name in _RARE if (text := getattr(self, name))}
         plain["addresses"] = list(self.addresses)
         try:
             self.from_plain(plain)
@@ -128,6 +133,8 @@ class ServerInfo:
 
 
 _SET_BY_READERS = ("uids", "peer_id", "expiration_time")
+_RARE = ("moving_from", "moving_to")  # absent unless there is something to say: of many servers, few are moving
+_NOT_STORED = (*_SET_BY_READERS, *_RARE)
 
 
 class FoundExpert(NamedTuple):
