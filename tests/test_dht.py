@@ -324,6 +324,16 @@ def test_expiration_time(peers):
     assert set(declare_experts(a, ["short.2"], get_dht_time() - 1).values()) == {False}
 
 
+def test_a_replica_is_announced_though_the_records_of_another_end_later(peers):
+    a, b, c = peers
+    declare_experts(a, ["replica.0"], get_dht_time() + 300, info=ServerInfo())
+    announcer = Announcer(b, ["replica.0"], ServerInfo, 30.0, 60.0)
+    announcer.start()
+    assert sorted(hosts(c, "replica.0")[0]) == sorted([a.peer_id, b.peer_id])
+    announcer.stop()
+    assert hosts(c, "replica.0") == [[a.peer_id]]
+
+
 def test_declaring_in_the_background(peers):
     future = declare_experts(peers[0], ["later.0.0"], wait=False)
     assert future.result(timeout=30) == {"later.0.0": True, ("later.0.", 0): True}  # type: ignore[union-attr]
@@ -861,7 +871,7 @@ def test_announces_and_retracts(fake):
 
 
 def test_goes_on_after_failures(fake, caplog):
-    refused = {"ffn.0": False, ("ffn.0.", -1): False}
+    refused = TransportError("every record was refused")
     fake.outcomes = [{"ffn.0": True}, CallTimeout("slow"), RuntimeError("a bug"), refused, {"ffn.0": True}]
     infos = iter([ServerInfo(), ServerInfo(), ServerInfo(), ServerInfo()])
     announcer = Announcer(None, ["ffn.0"], lambda: next(infos, ServerInfo()), 0.05, 60.0)

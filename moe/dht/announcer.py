@@ -14,7 +14,7 @@ from hivemind.utils import get_dht_time
 
 from moe.dht.experts import DEFAULT_EXPIRATION_S, check_uids, declare_experts, find_experts, retract_experts
 from moe.dht.records import ServerInfo
-from moe.errors import LifecycleError, MoEError, TransportError
+from moe.errors import LifecycleError, MoEError
 from moe.expert_uid import ExpertUID
 
 logger = logging.getLogger(__name__)
@@ -201,9 +201,7 @@ class Announcer:
         try:
             info = self.get_info()
             until = get_dht_time() + self.expiration_s
-            stored = declare_experts(self.dht, self.uids, until, info=info, timeout_s=self.timeout_s)
-            if stored and not any(stored.values()):
-                raise TransportError("every record was refused")
+            declare_experts(self.dht, self.uids, until, info=info, timeout_s=self.timeout_s)
         except Exception as e:
             with self._lock:
                 self._failures += 1

@@ -49,7 +49,7 @@ from moe.dht.records import (
     stock_records,
     uid_parts,
 )
-from moe.errors import ConfigError
+from moe.errors import ConfigError, TransportError
 from moe.expert_uid import UID_PATTERN, ExpertPrefix, ExpertUID, is_valid_uid, split_uid
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ def declare_experts(
         refused, normally because another server's record of the same expert or prefix ends later
     :raises ConfigError: if uids is a string or contains an invalid uid
     :raises CallTimeout: if this takes too long
+    :raises TransportError: with ``info``: if nothing at all could be stored
     :raises LifecycleError: if the DHT is not running
     """
     uids = check_uids(uids)
@@ -181,6 +182,8 @@ async def _declare(
                 outbid = max(expiration_time, blocker.expiration_time + TOMBSTONE_EDGE_S)
                 again[place] = Record(wanted[place], outbid)
         stored.update(await _store(node, again))
+        if facts is not None and not any(stored.values()):  # not even our own, where no other server is in the way
+            raise TransportError("every record was refused")
         return {key if subkey is None else (key, subkey): stored[key, subkey] for key, subkey in stock}
     finally:
         del _declaring[task]
