@@ -2,6 +2,7 @@
 # make demo  train a classifier on real data through experts in other processes
 # make test  everything that is checked before a commit
 # make lint  the same without pytest
+# make test-transports  the tests on real servers once for each way tensors can travel (the default is what make test runs)
 #
 # Needs a Python 3.10 to 3.13 with venv: PYTHON=/path/to/python chooses one. pip's own settings (PIP_...) are honoured.
 
@@ -12,7 +13,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo test lint env clean
+.PHONY: demo test test-transports lint env clean
 .DEFAULT_GOAL := test
 
 demo: env
@@ -20,6 +21,10 @@ demo: env
 
 test: lint
 	$(BIN)/python -m pytest -n 3 --dist loadfile
+
+test-transports: env
+	for transport in unix tls libp2p; do \
+		$(BIN)/python -m pytest -n 3 --dist loadfile tests/swarm --transport $$transport || exit 1; done
 
 lint: env
 	$(BIN)/ruff check

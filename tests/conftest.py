@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import uvloop
 
 from tests.leaks import Snapshot, find_leaks
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the command line of pytest takes besides."""
+    parser.addoption("--transport", choices=("unix", "tls", "libp2p"), help="of clients in tests/swarm; default: auto")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What servers remember of this machine, they remember for these tests only."""
+    with pytest.MonkeyPatch.context() as environment:
+        directory = tmp_path_factory.mktemp("cache")
+        environment.setenv("XDG_CACHE_HOME", str(directory))
+        yield directory
 
 
 @pytest.fixture(scope="session", autouse=True)
