@@ -29,7 +29,7 @@ from moe.server.layers import (
     expert_schema,
     schedule_name_to_scheduler,
 )
-from moe.server.optim import ClippingWrapper, fuse
+from moe.server.optim import ClippingWrapper
 from moe.server.pretrained import PretrainedModel
 from moe.wire.tensors import check_codec_available
 
@@ -255,8 +255,6 @@ def _make_backend(
 ) -> ExpertBackend:
     module = build_expert(expert_cls, hidden_dim) if module is None else module
     optimizer = optim_cls(module.parameters()) if optim_cls is not None else None
-    if optimizer is not None:
-        fuse(optimizer)
     make_scheduler = schedule_name_to_scheduler[scheduler]
     lr_scheduler = None if make_scheduler is None else make_scheduler(optimizer, **schedule)
     if clip_grad_norm is not None and optimizer is not None:

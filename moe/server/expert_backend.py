@@ -41,7 +41,8 @@ from moe.schema import (
     validate,
 )
 from moe.server.execution import Outcome, run_isolated
-from moe.server.optim import load_state, move_state, portable_state
+from moe.server.matmul import speed_up_linear
+from moe.server.optim import fuse, load_state, move_state, portable_state
 from moe.server.task_pool import Task, TaskPool, TaskResult
 from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
 
@@ -56,8 +57,9 @@ class ExpertBackend:
     """A module that serves forward and backward requests, and trains if it has an optimizer.
 
     :param name: the expert's uid
-    :param module: any torch module that treats the rows of a batch independently of each other
-    :param optimizer: steps after every backward batch; None: the expert never changes
+    :param module: any torch module that treats the rows of a batch independently of each other. Its linear layers may get
+        another kernel (moe.server.matmul)
+    :param optimizer: steps after every backward batch; None: the expert never changes. Adam gets torch's fused kernel
     :param scheduler: learning-rate scheduler, stepped after the optimizer
     :param args_schema: protos of the positional arguments, nested structures allowed
     :param kwargs_schema: protos of the keyword arguments by name
@@ -101,6 +103,9 @@ class ExpertBackend:
         self.updates = 0  # optimizer steps taken
         self._accumulated = 0  # backward batches since the last step
         self._stackable: dict[tuple[str, tuple[str, ...]], bool] = {}
+        speed_up_linear(module)
+        if optimizer is not None:
+            fuse(optimizer)
         self.schema = ExpertSchema(args_schema or (), kwargs_schema, outputs_schema, optional_kwargs)
         if self.schema.outputs is None:
             outputs = _infer_outputs(name, module, self.schema)

@@ -110,6 +110,8 @@ def fuse(optimizer: Optimizer) -> None:
     torch's default on CPU is a dozen passes, which took three times as long (docs/performance.md). Equal to that to 1e-6 a
     step. SGD gains nothing.
     """
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.optim
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or not _fused_adam_works():
         return
     for group in optimizer.param_groups:

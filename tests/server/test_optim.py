@@ -163,8 +163,8 @@ def test_only_what_nobody_chose_and_torch_can_do_is_fused() -> None:
     assert fused(torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))) == [None]
     assert fused(kind=torch.optim.SGD) == fused(kind=torch.optim.RMSprop) == [None]
     wrapped = ClippingWrapper(torch.optim.Adam(make_module().parameters()), 1.0)
-    fuse(wrapped)  # not an Adam to look at: whoever wraps it decides before
-    assert wrapped.param_groups[0]["fused"] is None
+    fuse(wrapped)
+    assert wrapped.param_groups[0]["fused"] is True
 
 
 def test_a_state_moves_between_fused_and_other_optimizers_and_each_keeps_its_way() -> None:
