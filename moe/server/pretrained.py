@@ -80,7 +80,7 @@ class PretrainedBlock(nn.Module):
             inputs |= {"position_ids": positions, "position_embeddings": (rotated, rotated)}
         named = inspect.signature(self.layer.forward).parameters
         kwargs = {name: proto for name, proto in inputs.items() if name in named}
-        kwargs["prompt"] = TensorProto(None, self.hidden_size)
+        kwargs["prompt"] = BatchTensorProto(None, self.hidden_size)
         kwargs["prefix"] = {"key": TensorProto(None, self.key_size), "value": TensorProto(None, self.key_size)}
         for name, linear in self.linears():
             down, up = TensorProto(linear.in_features, None), TensorProto(None, linear.out_features)
@@ -118,7 +118,7 @@ class PretrainedBlock(nn.Module):
         :param attention_mask: (B, S), 0 where a position is padding
         :param position_ids: (B, S), for rotary embeddings; default: 0, 1, ... after the prefix
         :param position_embeddings: cosines and sines (B, S, size of a head) instead of position_ids
-        :param prompt: (P, D), added to the first P positions
+        :param prompt: (B, P, D), added to the first P positions, see moe.DeepPrompts
         :param prefix: ``key`` and ``value`` (P, K) that every position sees before the row's own
         :param adapters: for each linear layer ``lora_*`` {"a": (in, R), "b": (R, out)}: adds ``x @ a @ b`` to its output;
             ``ia3_*`` (out): scales its output; ``ia3_input_*`` (in): scales its input
@@ -136,9 +136,10 @@ class PretrainedBlock(nn.Module):
                 f"attention_mask: expected {length} positions, as hidden_states, got {attention_mask.shape[1]}"
             )
         if prompt is not None:
-            if len(prompt) > length:
-                raise SchemaError(f"prompt: expected {length} positions at most, as hidden_states, got {len(prompt)}")
-            prompt = nn.functional.pad(prompt, (0, 0, 0, length - len(prompt)))
+            learned = prompt.shape[1]
+            if learned > length:
+                raise SchemaError(f"prompt: expected {length} positions at most, as hidden_states, got {learned}")
+            prompt = nn.functional.pad(prompt, (0, 0, 0, length - learned))
             hidden_states = hidden_states + prompt.to(hidden_states.dtype)
         if self.rotary is not None:
             if position_embeddings is None:

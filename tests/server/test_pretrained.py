@@ -174,9 +174,9 @@ def test_a_prefix_is_what_transformers_sees_as_earlier_positions(
 
 def test_a_prompt_is_added_to_the_first_positions(folders: dict[str, Path]) -> None:
     (block,) = blocks_of(folders["bert"], 1)
-    hidden, prompt = torch.randn(2, 6, HIDDEN), torch.randn(2, HIDDEN)
+    hidden, prompt = torch.randn(2, 6, HIDDEN), torch.randn(2, 3, HIDDEN)
     expected = hidden.clone()
-    expected[:, :2] += prompt
+    expected[:, :3] += prompt
     assert torch.equal(block(hidden, prompt=prompt), block(expected))
 
 
@@ -271,7 +271,7 @@ def test_compression_is_for_all_tensors(folders: dict[str, Path]) -> None:
     ("kwargs", "complaint"),
     [
         (dict(attention_mask=torch.ones(2, 5, dtype=torch.long)), "attention_mask: expected 6 positions"),
-        (dict(prompt=torch.ones(7, HIDDEN)), "prompt: expected 6 positions at most"),
+        (dict(prompt=torch.ones(2, 7, HIDDEN)), "prompt: expected 6 positions at most"),
         (dict(prefix={"key": torch.ones(2, 32), "value": torch.ones(3, 32)}), r"prefix\['value'\]: expected length 2"),
         (dict(prefix={"key": torch.ones(65, 32), "value": torch.ones(65, 32)}), "64 positions at most, got 65"),
         (dict(lora_output__dense={"a": torch.ones(48, 2), "b": torch.ones(3, 32)}), r"lora_output__dense\['b'\]"),
