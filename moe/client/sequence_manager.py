@@ -139,6 +139,7 @@ class SequenceManager:
         self._looking: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._asked = False  # to look in the background
         self._end_background: Callable[[], object] = lambda: None
         self._closed = False
 
@@ -213,6 +214,7 @@ class SequenceManager:
     def request_refresh(self) -> None:
         """Look for servers in the background, now or, if that has just been done, in a moment. From any thread."""
         if self._loop is not None:
+            self._asked = True
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._wake.set)
 
@@ -230,6 +232,7 @@ class SequenceManager:
             return
         self._loop, self._wake = loop, asyncio.Event()
         self._looking = self._pinging = None
+        self._asked = False
         keeper = loop.create_task(_keep_fresh(weakref.ref(self), self._wake))
         self._tried_at = self._clock()  # by the route that starts this
         ending = weakref.finalize(self, _cancel, loop, keeper)
@@ -262,14 +265,11 @@ class SequenceManager:
         for name, rtt_s in rtts_s.items():
             self._pings.add(name, rtt_s, now)
 
-    def _pause_s(self, asked: bool) -> float:
-        """Until the next look in the background.
-
-        :param asked: somebody has asked for it
-        """
+    def _pause_s(self) -> float:
+        """Until the next look in the background."""
         period_s, pause_s = self.config.update_period_s, MIN_PAUSE_S * 2.0 ** min(self._failures, 32)
-        due = self._tried_at + min(period_s, MIN_PAUSE_S if asked else pause_s)
-        if not asked and self._table is not None and not self._failures:
+        due = self._tried_at + min(period_s, MIN_PAUSE_S if self._asked else pause_s)
+        if not self._asked and self._table is not None and not self._failures:
             due = min(self._looked_at + period_s, max(due, self._table.good_until))
         return max(0.0, due - self._clock())
 
@@ -277,14 +277,18 @@ class SequenceManager:
 async def _keep_fresh(owner: weakref.ref[SequenceManager], wake: asyncio.Event) -> None:
     """Look again and again. Holds the owner only for moments, so that it can be collected; then this is cancelled."""
     while (manager := owner()) is not None:
-        asked = wake.is_set()
-        pause_s = manager._pause_s(asked)
+        wake.clear()
+        pause_s = manager._pause_s()
         if pause_s > 0:
             del manager
-            with contextlib.suppress(asyncio.TimeoutError):
-                await (asyncio.sleep(pause_s) if asked else asyncio.wait_for(wake.wait(), pause_s))
+            # not asyncio.wait_for: before Python 3.12, that forgets to be cancelled when it is woken at the same time
+            timer = asyncio.get_running_loop().call_later(pause_s, wake.set)
+            try:
+                await wake.wait()
+            finally:
+                timer.cancel()
             continue
-        wake.clear()
+        manager._asked = False
         looking = manager._begin_look()
         del manager
         await asyncio.wait([looking])

@@ -277,6 +277,13 @@ def test_a_ban_never_removes_the_last_server_of_a_block_and_covers_its_other_blo
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_a_banned_server_is_left_and_entered_again_around_a_block_of_another_one(plan: Plan) -> None:
+    table = table_of(3, view("banned", (0, 3), rate=1e4), view("other", (1, 2)))
+    route = plan(table, 0, 3, random.Random(0), Conditions(banned={"banned"}))
+    assert names(route) == [("banned", 0, 1), ("other", 1, 2), ("banned", 2, 3)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_all_servers_banned_are_as_good_as_none_banned(plan: Plan) -> None:
     table = table_of(3, view("a", (0, 3)), view("b", (0, 3)))
     route = plan(table, 0, 3, random.Random(0), Conditions(banned={"a", "b", "unheard of"}))
@@ -302,7 +309,8 @@ def test_round_trips_are_smoothed_and_expire() -> None:
     assert pings.rtts_s(399.0) == {"x": pytest.approx(0.12)}
     assert pings.rtts_s(400.0) == {}
     pings.add("x", 0.5, 401.0)
-    assert pings.rtts_s(401.0) == {"x": 0.5}, "what has expired counts no more"
+    pings.add("x", 0.7, 702.0)
+    assert pings.rtts_s(702.0) == {"x": 0.7}, "what has expired counts no more"
 
 
 def test_a_server_that_stops_answering_is_unreachable_at_once_and_back_at_once() -> None:
