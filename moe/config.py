@@ -171,6 +171,9 @@ class ServerConfig:
     :param stuck_after_s: a batch that runs longer makes the server unhealthy; None: never
     :param drain_quiet_s: an expert that leaves is served on until nobody has called it for this long
     :param drain_timeout_s: but no longer than this
+    :param balance_quality: a server of blocks that may move does so if the slowest block is served slower than this part of
+        what it could be. 0: never; above 1: whenever there is a better place
+    :param balance_period_s: mean time between two looks for a better place
     """
 
     update_period_s: float = 30.0
@@ -186,13 +189,16 @@ class ServerConfig:
     direct_hosts: tuple[str, ...] = ()
     drain_quiet_s: float = 5.0
     drain_timeout_s: float = 60.0
+    balance_quality: float = 0.75  # as Petals
+    balance_period_s: float = 120.0
 
     def __post_init__(self) -> None:
         check_positive(self, "update_period_s", "start_timeout_s", "shutdown_timeout_s", allow_none=False)
         check_positive(self, "checkpoint_period_s", "keep_checkpoints", allow_none=False)
         if not 0 <= self.direct_port <= 65535:
             raise ConfigError(f"direct_port: expected a port from 0 to 65535, got {self.direct_port!r}")
-        check_positive(self, "drain_quiet_s", "drain_timeout_s", allow_none=False, allow_zero=True)
+        check_positive(self, "drain_quiet_s", "drain_timeout_s", "balance_quality", allow_none=False, allow_zero=True)
+        check_positive(self, "balance_period_s", allow_none=False)
         check_positive(self, "expiration_s", "stats_report_interval_s", "stuck_after_s")
 
     @property

@@ -934,6 +934,10 @@ def test_more_experts_are_announced_at_once_and_from_then_on(fake):
     assert fake.calls[-1][0] == ("ffn.1",)
     announcer.stop()
     assert fake.retracted[1:] == [("ffn.1",)]
+    for change in (announcer.announce, lambda: announcer.add(["ffn.3"])):
+        with pytest.raises(LifecycleError):
+            change()
+    assert fake.calls[-1][0] == ("ffn.1",)
 
 
 def test_experts_that_cannot_be_announced_are_not_announced_further(fake):

@@ -39,6 +39,7 @@ from moe.expert_uid import UidPattern, block_range, is_valid_prefix, is_valid_ui
 logger = logging.getLogger(__name__)
 
 USAGE_ERROR = 2  # exit code, as argparse has it
+THROUGHPUT_MODES = ("auto", "eval", "dry_run")
 DECAYING_SCHEDULERS = ("cosine", "linear")  # those that have to know when to reach zero
 DEVICE_PATTERN = re.compile(r"(cpu|cuda|hpu|mps|mtia|npu|xla|xpu)(:\d+)?")
 PEER_ID_PATTERN = re.compile(r"[1-9A-HJ-NP-Za-km-z]{46,60}|b[a-z2-7]{50,80}")  # base58, or a CID in base32
@@ -69,6 +70,18 @@ def whole_number(text: str) -> int:
 def positive_float(text: str) -> float:
     """Argument type: a finite number above 0."""
     return _number(text, float, "a positive number", lambda value: 0 < value < float("inf"))
+
+
+def fraction(text: str) -> float:
+    """Argument type: a finite number of at least 0."""
+    return _number(text, float, "a number >= 0", lambda value: 0 <= value < float("inf"))
+
+
+def throughput(text: str) -> float | str:
+    """Argument type: how to know a server's throughput, or rows per second."""
+    if text in THROUGHPUT_MODES:
+        return text
+    return _number(text, float, f"{', '.join(THROUGHPUT_MODES)} or rows per second", lambda value: 0 < value < 1e18)
 
 
 def _number(text: str, kind: Callable[[str], float], expected: str, is_good: Callable[[float], bool]) -> float:
@@ -216,6 +229,12 @@ def build_server_parser() -> Parser:
         "--block_indices",
         help='serve these blocks of a model, e.g. "0:3" for blocks 0, 1 and 2, instead of the three above',
     )
+    add(
+        "--num_blocks",
+        type=positive_int,
+        help="serve this many consecutive blocks, those that the swarm needs most, and move when that changes; instead of "
+        "block_indices",
+    )
     add("--block_prefix", default="block.", help='what the uids of blocks begin with (default: "block.")')
     add("--total_blocks", type=positive_int, help="blocks of the model (default: up to the end of block_indices)")
     add("--expert_cls", default="ffn", help=f"kind of expert: {', '.join(BUILTIN_EXPERTS)}, or your own (default: ffn)")
@@ -301,6 +320,27 @@ def build_server_parser() -> Parser:
     )
     add("--expiration", type=positive_float, help="seconds an announcement lives (default: two periods)")
 
+    add(
+        "--throughput",
+        type=throughput,
+        default="auto",
+        help="rows per second to announce; 'auto': measured, once for each kind of expert on this machine; 'eval': measured "
+        "now; 'dry_run': measure, print and exit (default: auto)",
+    )
+    add(
+        "--balance_quality",
+        type=fraction,
+        default=ServerConfig.balance_quality,
+        help="with num_blocks: move if the slowest block is served slower than this part of what it could be; 0: never, above "
+        f"1: whenever there is a better place (default: {ServerConfig.balance_quality:g})",
+    )
+    add(
+        "--balance_period",
+        type=positive_float,
+        default=ServerConfig.balance_period_s,
+        help=f"mean seconds between two looks for a better place (default: {ServerConfig.balance_period_s:g})",
+    )
+
     group = parser.add_argument_group("process")
     add = group.add_argument
     add("--stats_report_interval", type=positive_float, help="seconds between reports of served rows (default: none)")
@@ -319,7 +359,8 @@ def parse_server_options(argv: Sequence[str] | None = None) -> argparse.Namespac
     options = argparse.Namespace()
     parser.parse_args(argv, namespace=options)
     del options.config
-    if options.model_path is not None and "--optimizer" in parser.get_source_to_settings_dict().get("defaults", ()):
+    of_model = options.model_path is not None or options.num_blocks is not None
+    if of_model and "--optimizer" in parser.get_source_to_settings_dict().get("defaults", ()):
         options.optimizer = "none"  # nobody asked for another one
     try:
         _check_experts(options)
@@ -340,7 +381,8 @@ def _check_blocks(options: argparse.Namespace) -> None:
         raise ConfigError(f"block_prefix: expected a name and a dot, such as 'block.', got {options.block_prefix!r}")
     if options.total_blocks is not None and options.total_blocks > MAX_BLOCKS:
         raise ConfigError(f"total_blocks: expected {MAX_BLOCKS} at most, got {options.total_blocks}")
-    chosen_by = next((name for name in ("block_indices", "model_path") if getattr(options, name) is not None), None)
+    choosing = ("block_indices", "model_path", "num_blocks")
+    chosen_by = next((name for name in choosing if getattr(options, name) is not None), None)
     for name in ("num_experts", "expert_uids", "expert_pattern"):
         if chosen_by is not None and getattr(options, name) is not None:
             raise ConfigError(f"{chosen_by} says which experts to serve; it cannot be combined with {name}")
@@ -352,12 +394,28 @@ def _check_blocks(options: argparse.Namespace) -> None:
             raise ConfigError(f"model_path: there is no model in {options.model_path}: it has no config.json")
         if importlib.util.find_spec("transformers") is None:
             raise ConfigError('model_path needs transformers: pip install "moe-runtime[transformers]"')
+    if options.num_blocks is not None:
+        _check_num_blocks(options)
     if options.block_indices is None:
         return
     indices, total = block_range(options.block_indices), options.total_blocks
     if indices.stop > (MAX_BLOCKS if total is None else total):
         raise ConfigError(
             f"block_indices: {options.block_indices} ends beyond the {total or MAX_BLOCKS} blocks of the model"
+        )
+
+
+def _check_num_blocks(options: argparse.Namespace) -> None:
+    if options.block_indices is not None:
+        raise ConfigError("num_blocks chooses which blocks to serve; it cannot be combined with block_indices")
+    if options.model_path is None and options.total_blocks is None:
+        raise ConfigError("num_blocks: give total_blocks, too; without it, nobody knows where the model ends")
+    if options.total_blocks is not None and options.num_blocks > options.total_blocks:
+        raise ConfigError(f"num_blocks ({options.num_blocks}) is more than total_blocks ({options.total_blocks})")
+    if options.optimizer != "none" and options.balance_quality > 0:
+        raise ConfigError(
+            "num_blocks: blocks that are trained cannot move, where they go to, others have other copies; leave out optimizer, "
+            "or give balance_quality 0"
         )
 
 
@@ -451,8 +509,15 @@ def _check_file_to_write(name: str, path: Path, *, to_replace: bool) -> None:
 
 def _settings_without_effect(options: argparse.Namespace) -> Iterable[str]:
     """Settings that are harmless but ignored: an old command line may have them, so they are no error."""
-    if options.block_indices is None and options.total_blocks is not None:
-        yield "total_blocks has no effect without block_indices"
+    if options.total_blocks is not None and options.block_indices is None and options.num_blocks is None:
+        yield "total_blocks has no effect without block_indices or num_blocks"
+    if options.num_blocks is None:
+        for name, default in (
+            ("balance_quality", ServerConfig.balance_quality),
+            ("balance_period", ServerConfig.balance_period_s),
+        ):
+            if getattr(options, name) != default:
+                yield f"{name} has no effect without num_blocks"
     if options.scheduler == "none":
         for name in ("num_warmup_steps", "num_training_steps"):
             if getattr(options, name) is not None:

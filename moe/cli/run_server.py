@@ -3,8 +3,9 @@
 Owns: the order of things in a server process (check, start, say where it is, watch, stop) and its exit codes. Must not
 know: how a server works. torch and hivemind are imported only once the command line is known to be good.
 
-Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP; 1 could not start, or failed later; 2 bad usage. The only thing on
-stdout is one line ``--initial_peers ...`` for others to join with; everything else goes to stderr.
+Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, or only measured; 1 could not start, or failed later; 2 bad usage. The
+only thing on stdout is one line: ``--initial_peers ...`` for others to join with, or what was measured; everything else
+goes to stderr.
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ CHECK_PERIOD_S = 1.0  # how often to look at the server when nothing is to be re
 
 # What Server.create takes under the name of the flag. The rest is translated in create_arguments.
 CREATE_ARGUMENTS = (
-    "announce_maddrs", "block_indices", "block_prefix", "checkpoint_dir", "clip_grad_norm", "custom_module_path",
-    "detect_anomalies", "device", "expert_cls", "expert_pattern", "expert_uids", "expiration", "hidden_dim", "host_maddrs",
-    "identity_path", "initial_peers", "max_batch_size", "min_batch_size", "model_path", "num_experts", "num_handlers",
-    "num_training_steps", "num_warmup_steps", "scheduler", "total_blocks", "update_period", "use_auto_relay", "use_relay",
+    "announce_maddrs", "balance_quality", "block_indices", "block_prefix", "checkpoint_dir", "clip_grad_norm",
+    "custom_module_path", "detect_anomalies", "device", "expert_cls", "expert_pattern", "expert_uids", "expiration",
+    "hidden_dim", "host_maddrs", "identity_path", "initial_peers", "max_batch_size", "min_batch_size", "model_path",
+    "num_blocks", "num_experts", "num_handlers", "num_training_steps", "num_warmup_steps", "scheduler", "throughput",
+    "total_blocks", "update_period", "use_auto_relay", "use_relay",
 )  # fmt: skip
+
+
+# Of a server that nobody is to find.
+ALONE = {"initial_peers": (), "host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "announce_maddrs": None, "identity_path": None}
 
 
 class RunningServer(Protocol):
@@ -94,6 +100,9 @@ def run(
     """
     server, code = None, 0
     try:
+        if options.throughput == "dry_run":
+            print(measure_only(options), flush=True)
+            return 0
         server = (start or start_server)(options)
         announce(server, options.peers_file, peers_line)
         watch(server, options.stats_report_interval)
@@ -152,7 +161,8 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
     from moe.server.checkpoints import find_checkpointed_uids
 
     arguments = {name: getattr(options, name) for name in CREATE_ARGUMENTS}
-    if (options.num_experts, options.expert_uids, options.block_indices, options.model_path) == (None,) * 4:
+    chosen = ("num_experts", "expert_uids", "block_indices", "num_blocks", "model_path")
+    if all(getattr(options, name) is None for name in chosen):
         found = find_checkpointed_uids(options.checkpoint_dir) if options.checkpoint_dir is not None else []
         arguments["num_experts"] = max(1, len(found))
     if options.optimizer == "none":
@@ -168,10 +178,36 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_period_s": options.checkpoint_period or ServerConfig.checkpoint_period_s,
         "keep_checkpoints": options.keep_checkpoints or ServerConfig.keep_checkpoints,
         "request_timeout_s": options.request_timeout,
+        "balance_period_s": options.balance_period,
         "direct": options.direct,
         "direct_port": options.direct_port,
         "direct_hosts": tuple(options.direct_hosts),
     }
+
+
+def measure_only(options: argparse.Namespace) -> str:
+    """Make one expert as a server would, in a swarm of its own, and say what it was measured at. Nothing is remembered.
+
+    :raises Exception: whatever keeps it from being made or measured
+    """
+    import torch
+
+    from moe.dht import stop_dht
+    from moe.server.assembly import assemble
+    from moe.server.throughput import measure
+
+    if options.torch_threads is not None:
+        torch.set_num_threads(options.torch_threads)
+    arguments = create_arguments(options)
+    parts = assemble(**{**arguments, **ALONE, "throughput": None})
+    try:
+        backend = next(iter(parts.backends.values()))
+        backend.to(parts.server_options["device"])
+        measured = measure(backend)
+    finally:
+        stop_dht(parts.dht)
+    num_blocks = 1 if parts.server_options["blocks"] is None else len(parts.backends)
+    return f"{measured}; to be announced: {measured.served_rows_per_s(num_blocks):.1f} rows/s"
 
 
 def announce(server: RunningServer, peers_file: Path | None, peers_line: Callable[[Any], str] | None = None) -> None:

@@ -106,17 +106,22 @@ class Announcer:
     def announce(self) -> None:
         """Make an announcement now, and return when it is done: what there is to tell has changed.
 
+        :raises LifecycleError: if announcing has ended
         :raises MoEError: if it fails; the background will try again
         """
-        self._announce()
+        with self._announcing:
+            self._check_running()
+            self._announce()
 
     def add(self, uids: Iterable[ExpertUID]) -> None:
         """Announce more experts, now and from now on. Returns when that is done.
 
         :raises ConfigError: wrong uids, or too many
+        :raises LifecycleError: if announcing has ended
         :raises MoEError: if it fails; then they are not announced further
         """
         with self._announcing:
+            self._check_running()
             before = self.uids
             self.uids = tuple(check_uids([*before, *uids]))
             try:
@@ -174,6 +179,10 @@ class Announcer:
                 last_success_age_s=time.monotonic() - self._last_success if self._successes else None,
                 last_error=self._last_error,
             )
+
+    def _check_running(self) -> None:
+        if self._stopping.is_set():
+            raise LifecycleError("what is announced now would stay, since nobody would take it back: the server stops")
 
     def _run(self) -> None:
         while True:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from moe.config import HandlerConfig, PoolConfig, ServerConfig, replace_known
-from moe.dht import DHT, find_experts, start_dht, stop_dht
-from moe.errors import ConfigError
+from moe.dht import DHT, ServerInfo, ServerState, declare_experts, find_experts, get_dht_time, start_dht, stop_dht
+from moe.errors import ConfigError, MoEError
 from moe.expert_uid import UID_DELIMITER, UID_PATTERN, UidPattern, block_range, is_valid_uid
 from moe.schema import Compression
 from moe.server.blocks import BlockSource, seed_of, seeded
@@ -31,6 +31,9 @@ from moe.server.layers import (
 )
 from moe.server.optim import ClippingWrapper
 from moe.server.pretrained import PretrainedModel
+from moe.server.rebalancing import choose_blocks, look_at
+from moe.server.throughput import Throughput, remembered_or_measured
+from moe.version import __version__
 from moe.wire.tensors import check_codec_available
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,10 @@ def assemble(
     block_prefix: str = "block.",
     total_blocks: int | None = None,
     blocks: BlockSource | None = None,
+    num_blocks: int | None = None,
+    balance_quality: float | None = None,
+    balance_period_s: float | None = None,
+    throughput: float | str | None = "auto",
     accumulate_steps: int = 1,
     checkpoint_period_s: float | None = None,
     keep_checkpoints: int | None = None,
@@ -120,6 +127,11 @@ def assemble(
         random weights on every server, unless ``checkpoint_dir`` has others
     :param total_blocks: blocks of the model; default: those up to the end of ``block_indices``
     :param blocks: a model that is made in another way, instead of ``expert_cls``, ``block_prefix`` and ``total_blocks``
+    :param num_blocks: host this many consecutive blocks, where the swarm needs them most, and move when that changes; instead
+        of ``block_indices``. Such blocks are not trained: others host them, too
+    :param balance_quality: when to move; with ``balance_period_s``, see ServerConfig
+    :param throughput: rows per second the server says it can serve; "auto": measured once for each kind of expert on this
+        machine; "eval": measured now; None: it does not say
     :param direct: offer direct links next to libp2p; with ``direct_port`` and ``direct_hosts``, see ServerConfig
     :param dht_options: forwarded to hivemind's DHT and P2P
     :raises ConfigError: wrong or contradicting settings; nothing was started
@@ -129,15 +141,19 @@ def assemble(
         raise ConfigError(f"expert_uids is a list of uids, got the string {expert_uids!r}")
     exact = expert_pattern is None and num_experts is None and expert_uids is not None
     generated = num_experts is not None and expert_uids is None
-    of_model = block_indices is not None or model_path is not None
+    of_model = block_indices is not None or model_path is not None or num_blocks is not None
+    if num_blocks is not None and (block_indices is not None or num_blocks < 1):
+        raise ConfigError("num_blocks: expected at least 1, and no block_indices")
+    if isinstance(throughput, str) and throughput not in ("auto", "eval"):
+        raise ConfigError(f"throughput: expected 'auto', 'eval', rows per second or None, got {throughput!r}")
     if of_model and (num_experts, expert_uids, expert_pattern) != (None, None, None):
         raise ConfigError(
             "block_indices says which experts to host; leave out num_experts, expert_uids and expert_pattern"
         )
     if model_path is not None and (blocks, total_blocks) != (None, None):
         raise ConfigError("model_path is a model with all its blocks; leave out blocks and total_blocks")
-    if blocks is not None and block_indices is None:
-        raise ConfigError("blocks: say which ones to host with block_indices")
+    if blocks is not None and block_indices is None and num_blocks is None:
+        raise ConfigError("blocks: say which ones to host with block_indices, or how many with num_blocks")
     if not exact and not generated and not of_model:
         raise ConfigError(
             "Please provide either expert_uids *or* num_experts (possibly with expert_pattern), but not both"
@@ -161,13 +177,20 @@ def assemble(
         direct=direct,
         direct_port=direct_port,
         direct_hosts=None if direct_hosts is None else tuple(direct_hosts),
+        balance_quality=0.0 if num_blocks is None else balance_quality,
+        balance_period_s=balance_period_s,
     )
     check_codec_available(compression)
     if custom_module_path is not None:
         add_custom_models_from_file(custom_module_path)
     pretrained = PretrainedModel(model_path) if model_path is not None else None
-    if pretrained is not None and optim_cls is DEFAULT_OPTIMIZER:
+    if (pretrained is not None or num_blocks is not None) and optim_cls is DEFAULT_OPTIMIZER:
         optim_cls = None
+    if num_blocks is not None and server_config.balance_quality > 0 and optim_cls is not None:
+        raise ConfigError(
+            "blocks that are trained cannot move: where they go to, others host other copies. Leave out the optimizer, or "
+            "set balance_quality to 0"
+        )
     registered = blocks is None and pretrained is None
     schema = expert_schema(expert_cls, hidden_dim, compression) if registered else {}
     if optim_cls is None and (scheduler != "none" or clip_grad_norm is not None):
@@ -203,6 +226,8 @@ def assemble(
     if of_model:
         total = total_blocks if pretrained is None else pretrained.num_blocks
         own_blocks = range(total or 0) if block_indices is None else block_range(block_indices)
+        if (blocks, total, block_indices) == (None, None, None):
+            raise ConfigError("num_blocks: give total_blocks, too; without it, nobody knows where the model ends")
         blocks = blocks or BlockSource(
             prefix=block_prefix,
             total=own_blocks.stop if total is None else total,
@@ -216,28 +241,63 @@ def assemble(
             ),
         )
         blocks.check(own_blocks)
+        if num_blocks is not None:
+            blocks.check([num_blocks - 1])
 
     dht = start_dht(initial_peers, start_timeout_s=server_config.start_timeout_s, **dht_options)
     try:
         if generated and len(uids) < (num_experts or 0):
             uids += generate_uids((num_experts or 0) - len(uids), pattern, dht, taken=set(uids))
         if blocks is not None:
+            if num_blocks is not None:
+                own_blocks = _join(dht, blocks, num_blocks, server_config.announce_expiration_s)
             backends = blocks.make_all(own_blocks)
         else:
             backends = {uid: make(uid) for uid in uids}
             if checkpoint_path is not None:
                 load_experts(backends, checkpoint_path)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        served: Throughput | float | None
+        if isinstance(throughput, str):
+            served = _measured(next(iter(backends.values()), None), device, anew=throughput == "eval")
+        else:
+            served = throughput
     except BaseException:
         stop_dht(dht)
         raise
     options = dict(
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
+        throughput=served,
+        blocks=blocks,
         checkpoint_dir=checkpoint_path,
         handler_config=handler_config,
         config=server_config,
         authorize=authorize,
     )
     return ServerParts(dht, backends, options)
+
+
+def _join(dht: DHT, source: BlockSource, num_blocks: int, expiration_s: float) -> range:
+    """Choose blocks, and say so before they are loaded, so that servers that join meanwhile choose others."""
+    place = choose_blocks(look_at(dht, source), source.total, num_blocks)
+    logger.info("hosting blocks %d:%d of %d", place.start, place.stop, source.total)
+    info = ServerInfo(state=ServerState.JOINING, version=__version__)
+    try:
+        declare_experts(dht, [source.uid(index) for index in place], get_dht_time() + expiration_s, info=info)
+    except MoEError as e:
+        logger.warning("could not announce which blocks this server is about to host: %s", e)
+    return place
+
+
+def _measured(backend: ExpertBackend | None, device: torch.device | str, *, anew: bool) -> Throughput | None:
+    if backend is None:
+        return None
+    backend.to(device)
+    try:
+        return remembered_or_measured(backend, anew=anew)
+    except Exception as e:  # an expert may do what it likes with zeros; it is hosted all the same
+        logger.warning("could not measure how fast %s is: %s: %s", backend.name, type(e).__name__, e)
+        return None
 
 
 def _make_backend(

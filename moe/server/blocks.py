@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import MAX_BLOCKS
 from moe.errors import ConfigError
 from moe.expert_uid import ExpertPrefix, ExpertUID, is_valid_prefix
 from moe.server.expert_backend import ExpertBackend
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,28 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
-def seeded(seed: int, make: Callable[[], ExpertBackend]) -> ExpertBackend:
-    """What ``make`` returns when torch's CPU random numbers start from a seed; they go on as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def seeded(seed: int, make: Callable[[], T]) -> T:
+    """What ``make`` returns when the numbers that torch draws for it on the CPU come from a generator with this seed.
+
+    Not by seeding torch's own generator: all threads share that, and an expert may be drawing from it at this moment.
+    """
+    with _OwnRandomNumbers(seed):
         return make()
+
+
+class _OwnRandomNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """In this thread, operations that draw random numbers take them from a generator of ours."""
+
+    def __init__(self, seed: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadname
+        taking = "generator" if name == "default" else f"{name}_generator"
+        if taking in func.overloadpacket.overloads():  # randn, randint, ...: another overload takes one
+            func = getattr(func.overloadpacket, taking)
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            kwargs = {**kwargs, "generator": kwargs.get("generator") or self._generator}
+        return func(*args, **kwargs)

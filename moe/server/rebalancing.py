@@ -22,6 +22,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from moe.dht import DHT, ServerInfo, ServerState, find_servers, list_servers, ping_peers
 from moe.errors import MoEError
 from moe.expert_uid import ExpertPrefix, ExpertUID
@@ -227,6 +229,7 @@ class Rebalancer:
             self._thread.join(_STOP_TIMEOUT_S)
 
     def _run(self) -> None:
+        torch.get_num_threads()  # so that torch.set_num_threads holds in this thread, too, when blocks are tried
         while not self._stopping.wait(self._rng.uniform(0.0, 2.0 * self._period_s)):
             try:
                 self.look_and_move()
@@ -260,7 +263,8 @@ class Rebalancer:
             try:
                 self._swarm.say("", "")
             except MoEError as e:  # the next announcement says it
-                logger.warning("could not announce that the move is over: %s", e)
+                if not self._stopping.is_set():
+                    logger.warning("could not announce that the move is over: %s", e)
 
     def _move(self, leaving: range, coming: range) -> bool:
         if not self._may_leave(leaving):

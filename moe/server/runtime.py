@@ -169,6 +169,7 @@ class Runtime:
             self._wake.notify_all()
 
     def _run(self) -> None:
+        torch.get_num_threads()  # without it, torch.set_num_threads holds for MKL only in the thread that called it
         batches: Any = self._batches()
         if self.prefetch_batches:
             batches = BackgroundGenerator(batches, max_prefetch=self.prefetch_batches)

@@ -1,15 +1,16 @@
 """Server: starts the parts in order, watches them, stops them in reverse. Nothing else.
 
 Parts: DHT node -> checkpoints -> network thread with the ConnectionHandler behind libp2p and the direct link -> Runtime ->
-announcements. In reverse that means: nobody new comes, the batch at hand is finished and all who wait are answered, the
-answers are sent, what was learned is saved. Must not know: what any of them does inside. How settings become parts is
-``moe.server.assembly``'s.
+announcements -> rebalancing. In reverse that means: nobody new comes, the batch at hand is finished and all who wait are
+answered, the answers are sent, what was learned is saved. Must not know: what any of them does inside. How settings become
+parts is ``moe.server.assembly``'s.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,12 +23,15 @@ from moe.config import HandlerConfig, ServerConfig, replace_known
 from moe.dht import DHT, Announcer, ServerInfo, resolve_p2p, stop_dht, visible_addresses
 from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
 from moe.server.assembly import ServerParts, assemble
+from moe.server.blocks import BlockSource
 from moe.server.checkpoints import CheckpointSaver
 from moe.server.connection_handler import Authorizer, ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.server.hosting import Hosting
+from moe.server.rebalancing import DHTSwarm, Rebalancer, blocks_of
 from moe.server.runtime import BatchHook, Runtime
 from moe.server.stats import ExpertStatistics, ServerStatistics, served_rates
+from moe.server.throughput import Throughput
 from moe.transport.direct import DirectServer
 from moe.transport.event_loop import EventLoopThread
 from moe.transport.libp2p import LibP2PServer
@@ -37,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _Create = TypeVar("_Create", bound=Callable[..., Any])
 
+RELAYED = "p2p-circuit"  # in the address of a peer that is reached through another one
 _WATCH_PERIOD_S = 0.25  # how often a running server looks after its parts
 
 
@@ -74,6 +79,10 @@ class Server:
     :param config: periods and timeouts; single settings above win over it
     :param authorize: see ConnectionHandler
     :param on_batch: see Runtime; for fault injection
+    :param throughput: what the server says it can serve: rows per second, or what was measured; None: nothing
+    :param blocks: the experts are consecutive blocks of this model; unless ``config.balance_quality`` is 0, the server goes
+        where the swarm needs it most
+    :raises ConfigError: contradicting settings
     """
 
     def __init__(
@@ -95,6 +104,8 @@ class Server:
         config: ServerConfig | None = None,
         authorize: Authorizer | None = None,
         on_batch: BatchHook | None = None,
+        throughput: float | Throughput | None = None,
+        blocks: BlockSource | None = None,
     ):
         backends = expert_backends if expert_backends is not None else module_backends
         if backends is None or (expert_backends is not None and module_backends is not None):
@@ -133,7 +144,10 @@ class Server:
         self._libp2p: LibP2PServer | None = None
         self._cut_off = False  # the DHT process or its libp2p daemon has died: nobody can be told anything any more
         self._started_at = 0.0
-        self._rows_per_s = 0.0
+        self._throughput, self._num_blocks = throughput, len(backends) if blocks is not None else 1
+        self._moving = "", ""  # which blocks the server is about to leave, and to host
+        self._announcer: Announcer | None = None
+        self.rebalancer = None if blocks is None or not self.config.balance_quality else self._make_rebalancer(blocks)
         if start:
             self.run_in_background(await_ready=True)
 
@@ -216,6 +230,7 @@ class Server:
                     ("the network", self._start_network),
                     ("the Runtime", self._start_runtime),
                     ("announcing the experts", self._start_announcing),
+                    ("rebalancing", self._start_rebalancing),
                 ):
                     start_part()
                     logger.debug("started %s after %.2f s", stage, time.monotonic() - begin)
@@ -270,7 +285,7 @@ class Server:
             self.config.announce_expiration_s,
         )
         announcer.start()
-        self._hosting.announcer = announcer
+        self._hosting.announcer = self._announcer = announcer
         self._undo.append(("announcements", lambda: announcer.stop(retract=not self._cut_off, timeout_s=3.0)))
 
     def _announcement(self) -> ServerInfo:
@@ -280,10 +295,48 @@ class Server:
             version=__version__,
             dtype="" if parameter is None else str(parameter.dtype).removeprefix("torch."),
             device="cpu" if parameter is None else str(parameter.device),
-            throughput_rows_per_s=self._rows_per_s,
+            throughput_rows_per_s=self._rows_per_s(),
             pending_tasks=self.statistics().total.pending,
             started_at=self._started_at,
+            moving_from=self._moving[0],
+            moving_to=self._moving[1],
         )
+
+    def _rows_per_s(self) -> float:
+        """Rows that this server can serve; 0 if that is not known."""
+        if not isinstance(self._throughput, Throughput):
+            return self._throughput or 0.0
+        addresses = visible_addresses(self.dht)
+        relayed = bool(addresses) and all(RELAYED in address for address in addresses)
+        return self._throughput.served_rows_per_s(self._num_blocks, relayed=relayed)
+
+    def _make_rebalancer(self, blocks: BlockSource) -> Rebalancer:
+        hosted = sorted(blocks_of(blocks, self.expert_backends))
+        place = range(hosted[0], hosted[-1] + 1) if hosted else range(0)
+        if len(place) != len(self.expert_backends) or not place:
+            raise ConfigError(
+                f"a server that moves hosts consecutive blocks of its model, got {list(self.expert_backends)}"
+            )
+
+        def say(moving_from: str, moving_to: str) -> None:
+            self._moving = moving_from, moving_to
+            if self._announcer is not None:
+                self._announcer.announce()
+
+        return Rebalancer(
+            blocks,
+            place,
+            self,
+            DHTSwarm(self.dht, blocks, say),
+            rows_per_s=self._rows_per_s,
+            balance_quality=self.config.balance_quality,
+            period_s=self.config.balance_period_s,
+        )
+
+    def _start_rebalancing(self) -> None:
+        if self.rebalancer is not None:
+            self._undo.append(("rebalancing", self.rebalancer.stop))
+            self.rebalancer.start()
 
     # --- experts that come and go ------------------------------------------------------------------------------------------
 
@@ -352,7 +405,7 @@ class Server:
     def _watch(self) -> None:
         """Until asked to stop, or a part fails: then stop everything, so that nobody goes on calling a dead server."""
         before, measured_at = self.statistics(), time.monotonic()
-        interval_s = self.config.stats_report_interval_s or self.config.update_period_s
+        interval_s = self.config.stats_report_interval_s or math.inf
         while not self._stop_requested.wait(_WATCH_PERIOD_S):
             self.failure = self._problem()
             if self.failure is not None:
@@ -360,15 +413,10 @@ class Server:
             elapsed_s = time.monotonic() - measured_at
             if elapsed_s >= interval_s:
                 now = self.statistics()
-                rates = served_rates(before, now, elapsed_s)
-                self._rows_per_s = rates.total.rows_per_s
-                if self.config.stats_report_interval_s is not None:
-                    logger.info(
-                        "served %.1f rows/s in batches of %.1f rows",
-                        rates.total.rows_per_s,
-                        rates.total.mean_batch_rows,
-                    )
+                served = served_rates(before, now, elapsed_s).total
+                logger.info("served %.1f rows/s in batches of %.1f rows", served.rows_per_s, served.mean_batch_rows)
                 before, measured_at = now, time.monotonic()
+        self._stop_requested.set()  # nobody waits for anything any more
         self.failure = self.failure or self._problem()
         if self.failure is not None:
             logger.critical("the server stops: %s", self.failure)
@@ -421,5 +469,5 @@ class Server:
 
 def _hosts_of(multiaddrs: Sequence[str]) -> tuple[str, ...]:
     """Hosts in multiaddrs such as ``/ip4/10.0.0.1/tcp/31337/p2p/...``; relayed ones lead to somebody else."""
-    parts = [address.split("/") for address in multiaddrs if "p2p-circuit" not in address]
+    parts = [address.split("/") for address in multiaddrs if RELAYED not in address]
     return tuple(dict.fromkeys(p[2] for p in parts if len(p) > 2 and p[1] in ("ip4", "ip6", "dns", "dns4", "dns6")))

@@ -124,6 +124,16 @@ def test_has_every_flag_of_hivemind_with_its_default() -> None:
         (["--block_indices", "0:3", "--total_blocks", "12"], "total_blocks", 12),
         (["--block_indices", "0:3", "--block_prefix", "bert."], "block_prefix", "bert."),
         ([], "block_prefix", "block."),
+        (["--num_blocks", "4", "--total_blocks", "12"], "num_blocks", 4),
+        (["--num_blocks", "4", "--total_blocks", "12"], "optimizer", "none"),
+        (["--num_blocks", "4", "--total_blocks", "12", "--optimizer", "sgd", "--balance_quality", "0"], "optimizer", "sgd"),
+        (["--num_blocks", "4", "--total_blocks", "12", "--balance_quality", "1.5"], "balance_quality", 1.5),
+        (["--num_blocks", "4", "--total_blocks", "12", "--balance_period", "5"], "balance_period", 5.0),
+        ([], "balance_quality", 0.75),
+        ([], "throughput", "auto"),
+        (["--throughput", "eval"], "throughput", "eval"),
+        (["--throughput", "dry_run"], "throughput", "dry_run"),
+        (["--throughput", "1e3"], "throughput", 1000.0),
     ],
 )  # fmt: skip
 def test_flags(argv: list[str], name: str, value: object) -> None:
@@ -182,6 +192,15 @@ def test_config_yml_is_read_if_present(tmp_path: Path) -> None:
         (["--expert_uids", "ffn.0", "ffn.0"], "ffn.0 is given more than once"),
         (["--expert_pattern", "ffn.[0:x]"], "Expert pattern ffn.[0:x] has invalid block [0:x]"),
         (["--expert_pattern", "ffn.[0:4]", "--num_experts", "5"], "has 4 uids, fewer than num_experts (5)"),
+        (["--num_blocks", "4"], "num_blocks: give total_blocks, too"),
+        (["--num_blocks", "4", "--total_blocks", "3"], "num_blocks (4) is more than total_blocks (3)"),
+        (["--num_blocks", "4", "--total_blocks", "9", "--block_indices", "0:4"], "cannot be combined with block_indices"),
+        (["--num_blocks", "4", "--total_blocks", "9", "--num_experts", "4"], "num_blocks says which experts to serve"),
+        (["--num_blocks", "4", "--total_blocks", "9", "--optimizer", "sgd"], "blocks that are trained cannot move"),
+        (["--balance_quality", "-1"], "argument --balance_quality: expected a number >= 0, got '-1'"),
+        (["--balance_period", "0"], "argument --balance_period: expected a positive number, got '0'"),
+        (["--throughput", "fast"], "expected auto, eval, dry_run or rows per second, got 'fast'"),
+        (["--throughput", "inf"], "expected auto, eval, dry_run or rows per second, got 'inf'"),
         (["--block_indices", "3"], "expected FIRST:END, such as 0:3 for blocks 0, 1 and 2, got '3'"),
         (["--block_indices", "3:3"], "expected FIRST:END"),
         (["--block_indices", "0:3", "--num_experts", "3"], "block_indices says which experts to serve"),
@@ -261,6 +280,8 @@ def test_bad_config_files_are_refused(config: str, tmp_path: Path, capsys: pytes
         (["--num_training_steps", "5"], "num_training_steps has no effect without a scheduler"),
         (["--scheduler", "constant", "--num_training_steps", "5"], "no effect with scheduler 'constant'"),
         (["--total_blocks", "5"], "total_blocks has no effect without block_indices"),
+        (["--balance_quality", "0.5"], "balance_quality has no effect without num_blocks"),
+        (["--balance_period", "5"], "balance_period has no effect without num_blocks"),
         (["--keep_checkpoints", "5"], "keep_checkpoints has no effect without checkpoint_dir"),
     ],
 )
@@ -303,6 +324,7 @@ def test_arguments_are_those_of_server_create() -> None:
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s"}
     ours |= {"direct", "direct_port", "direct_hosts"}
     ours |= {"block_indices", "block_prefix", "model_path", "total_blocks"}
+    ours |= {"num_blocks", "balance_quality", "balance_period_s", "throughput"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
     arguments = run_server.create_arguments(parse())
     assert set(arguments) == (set(stock) - not_from_here) | dht | ours

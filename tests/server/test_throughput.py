@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from moe.dht import stop_dht
 from moe.schema import BatchTensorProto, TensorProto
 from moe.server import throughput
+from moe.server.assembly import assemble
 from moe.server.expert_backend import ExpertBackend
 from moe.server.throughput import (
     ANY_LENGTH,
@@ -244,6 +246,27 @@ def test_the_file_does_not_grow_for_ever(cache: Path, measured: list[str], monke
     for rows in (1, 2, 3):
         remembered_or_measured(linear_backend(max_batch_size=rows), cache_path=cache)
     assert list(json.loads(cache.read_text())) == [key_of(linear_backend(max_batch_size=rows)) for rows in (2, 3)]
+
+
+def test_servers_measure_unless_told(measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def served(throughput: Any) -> Any:
+        parts = assemble(
+            block_indices="0:2", hidden_dim=4, throughput=throughput, device="cpu", host_maddrs=["/ip4/127.0.0.1/tcp/0"]
+        )
+        stop_dht(parts.dht)
+        return parts.server_options["throughput"]
+
+    assert [served("auto"), served("auto"), len(measured)] == [MEASURED, MEASURED, 1]
+    assert [served("eval"), len(measured)] == [MEASURED, 2]
+    assert [served(7.5), served(None), len(measured)] == [7.5, None, 2]
+
+    def fail(backend: ExpertBackend) -> Throughput:
+        raise ValueError("no zeros, please")
+
+    monkeypatch.setattr(throughput, "measure", fail)
+    assert served("eval") is None  # it is hosted all the same
 
 
 def test_the_default_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

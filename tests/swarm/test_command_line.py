@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -75,6 +76,22 @@ def test_sigterm_with_a_request_in_flight_ends_soon_and_leaves_nothing() -> None
         calling.join(20)
         assert len(answers) == 1  # a result or an error, not silence
         assert not [pid for pid in processes if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+
+
+def test_a_dry_run_measures_prints_and_exits() -> None:
+    arguments = ["--throughput", "dry_run", "--num_blocks", "3", "--total_blocks", "9", "--hidden_dim", "16"]
+    ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    said = re.fullmatch(
+        r"([0-9.]+) rows/s through one expert, ([0-9.]+) rows/s through the network stack; "
+        r"to be announced: ([0-9.]+) rows/s\n",
+        ended.stdout,
+    )
+    assert said is not None, ended.stdout
+    compute, network, announced = map(float, said.groups())
+    assert announced == pytest.approx(
+        min(compute / 2, network), rel=0.01
+    )  # a request uses two of three blocks on average
 
 
 @pytest.mark.parametrize(
