@@ -61,6 +61,7 @@ class ClientConfig:
     :param max_backoff_s: longest wait between attempts
     :param max_tokens_per_request: RemoteSequential splits larger batches (rows x length of the first sequence axis)
     :param detect_anomalies: refuse non-finite inputs, outputs and gradients on the client
+    :param hold_tensors: let servers hold tensors, so that they need not be sent again: global ones, and inputs for backward
     :param transport: how tensors travel: "auto" (direct link where it can be had, else libp2p), "libp2p" (never a direct
         link), "unix" or "tls" (nothing but a direct link of this kind)
     :param routing: how RemoteSequential chooses servers: "max_throughput" (at random, more often those that are fast and
@@ -80,6 +81,7 @@ class ClientConfig:
     max_backoff_s: float = 10.0
     max_tokens_per_request: int = 1024
     detect_anomalies: bool = False
+    hold_tensors: bool = True
     transport: str = "auto"
     routing: str = "max_throughput"
     update_period_s: float = 60.0  # these two: as Petals
@@ -140,6 +142,10 @@ class HandlerConfig:
     :param once_max_replies: finished backward replies kept to answer repeats
     :param once_max_bytes: of those replies together
     :param once_window_s: how long a repeated backward is recognized
+    :param held_max_bytes: tensors held for their senders, who then need not send them again; of global tensors, and as much
+        again of inputs of forwards, for the backwards that follow; 0: none
+    :param held_max_bytes_per_peer: of those of one peer, of each kind
+    :param held_window_s: how long one is held that nobody uses
     """
 
     max_request_bytes: int = 2**30
@@ -149,9 +155,14 @@ class HandlerConfig:
     once_max_replies: int = 4096
     once_max_bytes: int = 2**28
     once_window_s: float = 600.0
+    held_max_bytes: int = 2**28
+    held_max_bytes_per_peer: int = 2**26
+    held_window_s: float = 300.0
 
     def __post_init__(self) -> None:
-        check_positive(self, *(field.name for field in fields(self)), allow_none=False)
+        names = [field.name for field in fields(self) if field.name != "held_max_bytes"]
+        check_positive(self, *names, allow_none=False)
+        check_positive(self, "held_max_bytes", allow_none=False, allow_zero=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,13 @@ class Unavailable(RemoteError):
     retryable = True
 
 
+class TensorNotHeld(RemoteError):
+    """The request refers to a tensor that the server does not hold (any more). Send it."""
+
+    code = "not_held"
+    retryable = True
+
+
 # --- nobody to ask --------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from moe.errors import ProtocolError, SchemaError
 DUMMY_BATCH_SIZE = 3  # rows of a dry run, hivemind's constant
 MAX_TENSORS = 4096  # in one schema; ours, bounds what a peer's description can make us build
 MAX_DEPTH = 16  # of nesting in a schema; ours, same reason
+DIGEST_BYTES = 32  # of a tensor: enough that nobody finds two with the same
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -448,9 +449,9 @@ def gradient_entries(entries: Sequence[Entry]) -> tuple[Entry, ...]:
 
 
 def digest(tensor: torch.Tensor) -> bytes:
-    """16 bytes that identify a tensor's dtype, shape and exact contents (BLAKE2b). CPU tensors only."""
+    """DIGEST_BYTES that identify a tensor's dtype, shape and exact contents (BLAKE2b). CPU tensors only."""
     raw = tensor.detach().contiguous().reshape(-1)
-    state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=DIGEST_BYTES)
     if raw.numel():
         state.update(raw.view(torch.uint8).numpy().data)
     return state.digest()

@@ -15,6 +15,7 @@ import torch
 
 from moe.client.expert import RemoteExpert
 from moe.client.fan_out import Assignment, Indices, Quorum, fan_out
+from moe.client.references import KeptRows
 from moe.client.requests import Gradients
 from moe.errors import MoEError, NonFiniteError, ProtocolError, SchemaError, TooFewExperts
 from moe.schema import Entry, ExpertSchema, validate
@@ -44,6 +45,7 @@ class CallMany:
     :ivar present: names of the optional kwargs given
     :ivar assignment: which rows go to which expert
     :ivar experts: in the order of the assignment
+    :ivar kept: by uid, which servers keep the inputs for the backward; None: there will be none
     """
 
     number: int
@@ -51,6 +53,7 @@ class CallMany:
     present: tuple[str, ...]
     assignment: Assignment
     experts: tuple[RemoteExpert, ...]
+    kept: dict[str, KeptRows] | None = None
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -103,7 +106,8 @@ class CallMany:
         sizes: list[list[torch.Size]] = []  # of the answers so far: "any length" must be the same for all
 
         async def one(request: Request) -> list[torch.Tensor]:
-            outputs = await request.expert.caller.forward(request.tensors, self.present, budget)
+            kept = None if self.kept is None else self.kept.setdefault(request.expert.uid, {})
+            outputs = await request.expert.caller.forward(request.tensors, self.present, budget, kept)
             validate(self.schema.output_entries, outputs, rows=len(request.rows), what="outputs")
             own = [output.shape[1:] for output in outputs]
             if sizes and own != sizes[0]:
@@ -134,7 +138,8 @@ class CallMany:
             description, _ = await request.expert.caller.describe(budget)
             if not description.trainable and not any(wants):
                 return [None] * len(wants)
-            return await request.expert.caller.backward(request.tensors, grads, self.present, wants, budget)
+            kept = None if self.kept is None else self.kept.get(request.expert.uid)
+            return await request.expert.caller.backward(request.tensors, grads, self.present, wants, budget, kept)
 
         grads_E = zip(*(grad.split_with_sizes([len(r.rows) for r in requests]) for grad in grad_outputs))
         calls = [one(request, grads) for request, grads in zip(requests, grads_E)]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from moe.chains import Chain
+from moe.client.references import Kept, KeptRows
 from moe.client.requests import Gradients, Request, Terms, all_or_cancel, join_gradients, join_outputs, ranges_of
 from moe.config import ClientConfig
 from moe.errors import CallTimeout, ExpertNotFound, LifecycleError, MoEError, ProtocolError, SchemaError
@@ -74,10 +75,15 @@ class ExpertCaller:
     # --- calls ---------------------------------------------------------------------------------------------------------
 
     async def forward(
-        self, tensors: Sequence[torch.Tensor], present: tuple[str, ...], budget: Budget
+        self,
+        tensors: Sequence[torch.Tensor],
+        present: tuple[str, ...],
+        budget: Budget,
+        kept: KeptRows | None = None,
     ) -> list[torch.Tensor]:
         """Flat outputs for flat inputs that fit the schema; CPU tensors.
 
+        :param kept: where to note which servers keep the inputs for the backward; None: they need not
         :raises SchemaError: inputs that do not fit (before anything is sent)
         :raises MoEError: no server could answer
         """
@@ -88,15 +94,16 @@ class ExpertCaller:
             request.check_finite(tensors, entries)
             ranges = request.row_ranges(terms, entries, tensors, rows)
 
-        def send(part: list[torch.Tensor], rows: int) -> Coroutine[Any, Any, list[torch.Tensor]]:
+        def send(part: list[torch.Tensor], start: int, end: int) -> Coroutine[Any, Any, list[torch.Tensor]]:
+            note = None if kept is None else kept.setdefault((start, end), Kept())
             return self._attempts(
-                lambda peer, timeout_s: request.forward(peer, terms, part, rows, timeout_s),
+                lambda peer, timeout_s: request.forward(peer, terms, part, end - start, timeout_s, note),
                 self.config.request_timeout_s,
                 budget,
             )
 
         parts = ranges_of(entries, tensors, ranges)
-        return join_outputs(await all_or_cancel(send(part, b - a) for part, (a, b) in zip(parts, ranges)))
+        return join_outputs(await all_or_cancel(send(part, *bounds) for part, bounds in zip(parts, ranges)))
 
     async def backward(
         self,
@@ -105,10 +112,12 @@ class ExpertCaller:
         present: tuple[str, ...],
         wants_grad: Sequence[bool],
         budget: Budget,
+        kept: KeptRows | None = None,
     ) -> Gradients:
         """Gradients of flat inputs, given those of the floating-point outputs; trains the expert, once.
 
         :param wants_grad: one flag per input
+        :param kept: what the forward of the same inputs has noted
         :returns: one gradient or None per input
         :raises SchemaError: tensors that do not fit (before anything is sent)
         :raises MoEError: no server could answer
@@ -123,23 +132,24 @@ class ExpertCaller:
             ranges = request.row_ranges(terms, every, tensors, rows)
         wants, count = tuple(wants_grad), len(entries)
 
-        def send(part: list[torch.Tensor]) -> Coroutine[Any, Any, Gradients]:
+        def send(part: list[torch.Tensor], bounds: tuple[int, int]) -> Coroutine[Any, Any, Gradients]:
             request_id = new_request_id()  # one for all attempts
+            note = None if kept is None else kept.get(bounds)
             return self._attempts(
                 lambda peer, timeout_s: request.backward(
-                    peer, terms, part[:count], part[count:], wants, [request_id], timeout_s
+                    peer, terms, part[:count], part[count:], wants, [request_id], timeout_s, note
                 ),
                 self.config.request_timeout_s,
                 budget,
             )
 
         parts = ranges_of(every, tensors, ranges)
-        return join_gradients(entries, await all_or_cancel(map(send, parts)))
+        return join_gradients(entries, await all_or_cancel(map(send, parts, ranges)))
 
     async def _request(self, present: tuple[str, ...], budget: Budget) -> tuple[Request, Terms]:
         description, schema = await self.describe(budget)
         chain = Chain.single(self.uid, schema, present)
-        return Request(self.transport, chain, self.config.detect_anomalies), Terms.of([description])
+        return Request(self.transport, chain, self.config), Terms.of([description])
 
     @contextlib.contextmanager
     def _saying_whose(self) -> Iterator[None]:

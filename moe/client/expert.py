@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from moe.client.calls import ExpertCaller
+from moe.client.references import KeptRows
 from moe.client.requests import Gradients
 from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
@@ -174,7 +175,9 @@ class RemoteExpert(nn.Module):
             raise SchemaError(f"{e.message}{hint}", uid=self.uid) from None
         trigger = grad_trigger(description.trainable)
         apply: Callable[..., tuple[torch.Tensor, ...]] = _RemoteExpertCall.apply
-        outputs = apply(trigger, self.caller, schema, present, budget, *tensors)
+        grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (trigger, *tensors))
+        kept: KeptRows | None = {} if grads else None
+        outputs = apply(trigger, self.caller, schema, present, budget, kept, *tensors)
         return schema.pack_outputs(outputs)
 
 
@@ -212,12 +215,13 @@ class _RemoteExpertCall(torch.autograd.Function):
         schema: ExpertSchema,
         present: tuple[str, ...],
         budget: Budget,
+        kept: KeptRows | None,
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.caller, ctx.schema, ctx.present = caller, schema, present
+        ctx.caller, ctx.schema, ctx.present, ctx.kept = caller, schema, present, kept
         ctx.save_for_backward(*inputs)
         sent = to_wire(schema, present, inputs)
-        outputs = client_loop().run(caller.forward(sent, present, budget))
+        outputs = client_loop().run(caller.forward(sent, present, budget, kept))
         device = inputs[0].device if inputs else "cpu"  # every kwarg may be optional
         outputs = [output.to(device) for output in outputs]
         ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
@@ -229,7 +233,7 @@ class _RemoteExpertCall(torch.autograd.Function):
         caller: ExpertCaller = ctx.caller
         inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
         schema: ExpertSchema = ctx.schema
-        wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[5:], inputs)]
+        wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[6:], inputs)]
         grads = [
             grad.detach().to("cpu", entry.proto.dtype)
             for grad, entry in zip(grad_outputs, schema.output_entries)
@@ -237,8 +241,8 @@ class _RemoteExpertCall(torch.autograd.Function):
         ]
         sent = to_wire(schema, ctx.present, inputs)
         budget = Budget(caller.config.total_timeout_s)
-        received = client_loop().run(caller.backward(sent, grads, ctx.present, wants, budget))
-        return (None, None, None, None, None, *from_wire(received, inputs))
+        received = client_loop().run(caller.backward(sent, grads, ctx.present, wants, budget, ctx.kept))
+        return (None, None, None, None, None, None, *from_wire(received, inputs))
 
 
 def to_wire(schema: ExpertSchema, present: tuple[str, ...], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from moe.client.beam_search import MoEBeamSearcher
 from moe.client.call_many import CallMany, NonFiniteInput, check_finite, describe_any
 from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
 from moe.client.fan_out import Abandoned, Assignment, CutOff, Quorum, name_rows
+from moe.client.references import KeptRows
 from moe.client.requests import Gradients
 from moe.config import ClientConfig, check_positive, replace_known
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
@@ -268,7 +269,11 @@ class RemoteMixtureOfExperts(nn.Module):
         experts = self._remote_experts(assignment.experts_E, budget)
         schema = self._describe(experts, budget)
         present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
-        call = CallMany(next(self._numbers), schema, present, assignment, tuple(experts))
+        trains = any(expert.caller.known is None or expert.caller.known[0].trainable for expert in experts)
+        kept: dict[str, KeptRows] | None = None
+        if torch.is_grad_enabled() and (trains or any(tensor.requires_grad for tensor in tensors)):
+            kept = {}
+        call = CallMany(next(self._numbers), schema, present, assignment, tuple(experts), kept)
         sent = to_wire(schema, present, tensors)
         call.check(sent, finite=self.detect_anomalies)
 

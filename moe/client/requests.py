@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 import torch
 
 from moe.chains import Chain
+from moe.client.references import Kept, Referring
+from moe.config import ClientConfig
 from moe.errors import NonFiniteError, ProtocolError, SchemaError
 from moe.expert_uid import PeerIDLike, join_chain
 from moe.schema import Entry, count_rows, select_rows, validate
 from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
-from moe.wire.messages import REQUEST_ID_BYTES, BlockInputs, ExpertDescription, RequestHeader
+from moe.wire.messages import HELD_TENSORS, REQUEST_ID_BYTES, BlockInputs, ExpertDescription, RequestHeader
 
 T = TypeVar("T")
 Gradients = list["torch.Tensor | None"]
@@ -35,12 +37,14 @@ class Terms:
 
     :ivar native: it reads our header; else it is a stock hivemind server
     :ivar chains: it runs several blocks for one request
+    :ivar holds: it holds tensors, to which later requests may refer
     :ivar max_rows: of a request
     :ivar max_bytes: of a request's tensors
     """
 
     native: bool
     chains: bool
+    holds: bool
     max_rows: int
     max_bytes: int
 
@@ -50,6 +54,7 @@ class Terms:
         return cls(
             native=all(description.native for description in descriptions),
             chains=all("chain" in description.features for description in descriptions),
+            holds=all(HELD_TENSORS in description.features for description in descriptions),
             max_rows=min(description.max_batch_size for description in descriptions),
             max_bytes=min(description.max_request_bytes for description in descriptions),
         )
@@ -100,21 +105,28 @@ class Request:
 
     :param transport: how they travel
     :param chain: which blocks, and which tensor each takes
-    :param detect_anomalies: see ClientConfig
+    :param config: whether to look for anomalies, and to refer to what servers hold
     """
 
-    def __init__(self, transport: ExpertTransport, chain: Chain, detect_anomalies: bool = False):
-        self.transport, self.chain, self.detect_anomalies = transport, chain, detect_anomalies
+    def __init__(self, transport: ExpertTransport, chain: Chain, config: ClientConfig):
+        self.transport, self.chain, self.config = transport, chain, config
         self.uid = join_chain([block.uid for block in chain.blocks])
 
     def __repr__(self) -> str:
         return f"Request({self.chain!r})"
 
     async def forward(
-        self, peer: PeerIDLike, terms: Terms, tensors: Sequence[torch.Tensor], rows: int, timeout_s: float | None
+        self,
+        peer: PeerIDLike,
+        terms: Terms,
+        tensors: Sequence[torch.Tensor],
+        rows: int,
+        timeout_s: float | None,
+        kept: Kept | None = None,
     ) -> list[torch.Tensor]:
         """Flat outputs of the last block.
 
+        :param kept: where to note that the server keeps the inputs for the backward; None: it need not
         :raises ProtocolError: the answer does not fit
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
@@ -123,7 +135,7 @@ class Request:
         codecs = [entry.proto.compression for entry in self.chain.entries]
         reply_bytes = _expected_bytes(outputs, rows, tensors, terms.native)
         call = Call(FORWARD, self.uid, header, tensors, codecs, reply_bytes)
-        reply = await self.transport.call(peer, call, timeout_s=timeout_s)
+        reply = await self._send(peer, terms, call, kept, timeout_s)
         try:
             validate(outputs, reply.tensors, rows=rows, what="the reply")
         except SchemaError as e:
@@ -140,9 +152,11 @@ class Request:
         wants: tuple[bool, ...],
         request_ids: Sequence[bytes],
         timeout_s: float | None,
+        kept: Kept | None = None,
     ) -> Gradients:
         """One gradient or None per input; trains each block, once per request id.
 
+        :param kept: what the forward of the same inputs has noted
         :raises ProtocolError: the answer does not fit
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
@@ -155,8 +169,16 @@ class Request:
         tensors = [*inputs, *grad_outputs]
         reply_bytes = sum(t.nbytes for t, wanted in zip(inputs, wants) if wanted or not terms.native)
         call = Call(BACKWARD, self.uid, header, tensors, codecs, reply_bytes)
-        reply = await self.transport.call(peer, call, timeout_s=timeout_s)
+        reply = await self._send(peer, terms, call, kept, timeout_s)
         return self._gradients(inputs, wants, reply, peer)
+
+    async def _send(
+        self, peer: PeerIDLike, terms: Terms, call: Call, kept: Kept | None, timeout_s: float | None
+    ) -> Reply:
+        if not (self.config.hold_tensors and terms.holds):
+            return await self.transport.call(peer, call, timeout_s=timeout_s)
+        referring = Referring.over(self.transport)
+        return await referring.call(peer, call, self.chain.entries, kept=kept, timeout_s=timeout_s)
 
     def row_ranges(
         self, terms: Terms, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], rows: int
@@ -203,7 +225,7 @@ class Request:
 
         :raises NonFiniteError: naming the tensor
         """
-        if not self.detect_anomalies:
+        if not self.config.detect_anomalies:
             return
         for tensor, entry in zip(tensors, entries):
             if tensor.is_floating_point() and not tensor.isfinite().all():

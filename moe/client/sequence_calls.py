@@ -23,6 +23,7 @@ import torch
 
 from moe.chains import Chain
 from moe.client.calls import retry_delay_s
+from moe.client.references import KeptRows
 from moe.client.requests import (
     Gradients,
     Request,
@@ -70,10 +71,11 @@ class Router(Protocol):
 
 
 class Leg(NamedTuple):
-    """A span that was run, and what its first block was given, flat."""
+    """A span that was run, what its first block was given, flat, and whether the server keeps its inputs."""
 
     span: Span
     args: tuple[torch.Tensor, ...]
+    kept: KeptRows
 
 
 class Journey(NamedTuple):
@@ -197,9 +199,11 @@ class SequenceCaller:
                 for at in await self._route(start, end, attempts):
                     attempts.check(at)
                     for piece in await self.spans.cut(call, at, attempts.budget):
-                        at, leg = piece, Leg(piece, tuple(values))
+                        at, leg = piece, Leg(piece, tuple(values), {})
                         if piece.end < end or to_the_end:
-                            values = await self.spans.forward(call, piece, values, attempts.budget)
+                            values = await self.spans.forward(
+                                call, piece, values, attempts.budget, leg.kept if keep else None
+                            )
                             self.router.on_request_success(piece.peer_id)
                         if keep:
                             legs.append(leg)
@@ -239,9 +243,7 @@ class SequenceCaller:
         :param trainable: which blocks have an optimizer
         :raises MoEError: the last failure, with all attempts
         """
-        Request(self.spans.transport, chain, self.config.detect_anomalies).check_finite(
-            grad_outputs, chain.gradient_entries
-        )
+        Request(self.spans.transport, chain, self.config).check_finite(grad_outputs, chain.gradient_entries)
         calls = [BoundCall(chain, part) for part in ranges_of(chain.entries, tensors, journey.ranges)]
         grads = ranges_of(chain.gradient_entries, grad_outputs, journey.ranges)
         first_needed = chain.first_needed(wants, trainable)
@@ -270,7 +272,7 @@ class SequenceCaller:
             start, end = leg.span.start, leg.span.end
             try:
                 answer = await self.spans.backward(
-                    call, leg.span, leg.args, grads, wants, first_needed, request_id, budget
+                    call, leg.span, leg.args, grads, wants, first_needed, request_id, budget, leg.kept
                 )
             except MoEError as e:
                 await attempts.failed(e, leg.span)
@@ -291,7 +293,7 @@ class SequenceCaller:
     # --- helpers ---------------------------------------------------------------------------------------------------------
 
     def _check_finite(self, chain: Chain, tensors: Sequence[torch.Tensor]) -> None:
-        Request(self.spans.transport, chain, self.config.detect_anomalies).check_finite(tensors, chain.entries)
+        Request(self.spans.transport, chain, self.config).check_finite(tensors, chain.entries)
 
     def _attempts(self, budget: Budget) -> _Attempts:
         return _Attempts(self.router, self.spans, self.config, budget)

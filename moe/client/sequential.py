@@ -26,7 +26,7 @@ from moe.client.expert import (
     merge_kwargs,
     transport_of,
 )
-from moe.client.sequence_calls import Journey, Leg, SequenceCaller
+from moe.client.sequence_calls import Journey, SequenceCaller
 from moe.client.sequence_manager import SequenceManager
 from moe.client.spans import Described, KnownBlocks, SpanCaller
 from moe.config import ClientConfig
@@ -312,7 +312,7 @@ class _RemoteSequentialCall(torch.autograd.Function):
         ctx.call, ctx.count = call, len(inputs)
         # Tensors only where autograd can watch them: what the first span was given are rows of the inputs.
         ctx.journey = Journey(
-            journey.ranges, tuple(tuple(Leg(leg.span, ()) for leg in trail) for trail in journey.trails)
+            journey.ranges, tuple(tuple(leg._replace(args=()) for leg in trail) for trail in journey.trails)
         )
         later = [tensor for trail in journey.trails for leg in trail[1:] for tensor in leg.args]
         ctx.save_for_backward(*inputs, *later)
@@ -337,7 +337,7 @@ class _RemoteSequentialCall(torch.autograd.Function):
                     ]
                 else:
                     args = [next(later) for _ in call.chain.blocks[leg.span.start].schema.arg_entries]
-                legs.append(Leg(leg.span, tuple(args)))
+                legs.append(leg._replace(args=tuple(args)))
             trails.append(tuple(legs))
         wants = [needed and entry.proto.is_floating_point for needed, entry in zip(ctx.needs_input_grad[3:], entries)]
         grads = [

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from moe.chains import Chain
+from moe.client.references import Kept, KeptRows
 from moe.client.requests import (
     Gradients,
     Request,
@@ -208,11 +209,12 @@ class SpanCaller:
     # --- calls -----------------------------------------------------------------------------------------------------------
 
     async def forward(
-        self, call: BoundCall, span: Span, args: Sequence[torch.Tensor], budget: Budget
+        self, call: BoundCall, span: Span, args: Sequence[torch.Tensor], budget: Budget, kept: KeptRows | None = None
     ) -> list[torch.Tensor]:
         """Flat outputs of the span's last block.
 
         :param args: of its first block, flat
+        :param kept: where to note that the server keeps the inputs for the backward; None: it need not
         :raises MoEError: the server failed, or its answer does not fit
         """
         terms = await self._terms(call, span, budget)
@@ -223,7 +225,8 @@ class SpanCaller:
         timeout_s = budget.left_s(self.config.request_timeout_s)
         return join_outputs(
             await all_or_cancel(
-                request.forward(span.peer_id, terms, part, b - a, timeout_s) for part, (a, b) in zip(parts, ranges)
+                request.forward(span.peer_id, terms, part, b - a, timeout_s, _note(kept, (a, b)))
+                for part, (a, b) in zip(parts, ranges)
             )
         )
 
@@ -237,12 +240,14 @@ class SpanCaller:
         first_needed: int,
         request_id: bytes,
         budget: Budget,
+        kept: KeptRows,
     ) -> SpanGradients:
         """Gradients of the span's tensors, given those of its floating-point outputs; trains its blocks, once.
 
         :param wants: which of the call's tensors want a gradient
         :param first_needed: where the backward will end, see ``Chain.first_needed``
         :param request_id: of the backward of all blocks
+        :param kept: what the forward of this span has noted
         :raises MoEError: the server failed, or its answer does not fit
         """
         terms = await self._terms(call, span, budget)
@@ -266,6 +271,7 @@ class SpanCaller:
                 flags,
                 [part_of_request_id(request_id, block, *bounds) for block in range(span.start, span.end)],
                 timeout_s,
+                kept.get(bounds),
             )
             for part, bounds in zip(ranges_of(every, tensors, ranges), ranges)
         )
@@ -274,7 +280,11 @@ class SpanCaller:
         return SpanGradients(grads[:count], kwargs)
 
     def _request(self, call: BoundCall, span: Span) -> Request:
-        return Request(self.transport, call.part(span)[0], self.config.detect_anomalies)
+        return Request(self.transport, call.part(span)[0], self.config)
+
+
+def _note(kept: KeptRows | None, bounds: tuple[int, int]) -> Kept | None:
+    return None if kept is None else kept.setdefault(bounds, Kept())
 
 
 def _cut(call: BoundCall, span: Span, terms: Terms) -> list[Span]:

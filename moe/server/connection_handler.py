@@ -13,24 +13,42 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import torch
 
 from moe.chains import Block, Chain
 from moe.config import HandlerConfig
-from moe.errors import DeadlineExceeded, ExpertNotFound, MoEError, Overloaded, Refused, SchemaError
+from moe.errors import (
+    DeadlineExceeded,
+    ExpertNotFound,
+    MoEError,
+    Overloaded,
+    Refused,
+    SchemaError,
+    TensorNotHeld,
+)
 from moe.expert_uid import split_chain
-from moe.schema import DTYPES, Compression, count_rows
+from moe.schema import DIGEST_BYTES, DTYPE_NAMES, DTYPES, Compression, count_rows, digest
 from moe.server.chains import backward_chain, forward_chain
 from moe.server.execution import as_expert_failure
 from moe.server.expert_backend import ExpertBackend
+from moe.server.held_tensors import HeldTensor, HeldTensors
 from moe.server.once import OnceWindow
 from moe.server.task_pool import Task, TaskResult
 from moe.transport.base import BACKWARD, FORWARD, Reply
-from moe.wire.messages import ExpertDescription, ReplyHeader, RequestHeader
+from moe.wire.messages import (
+    HELD_TENSORS,
+    MIN_HELD_BYTES,
+    REQUEST_ID_BYTES,
+    ExpertDescription,
+    ReplyHeader,
+    RequestHeader,
+)
 from moe.wire.tensors import max_encoded_bytes
 
+T = TypeVar("T")
 Authorizer = Callable[[str, str, str], bool]
 
 _HASH_IN_THREAD_BYTES = 2**20  # globals larger than this are digested off the event loop; ours, about 1 ms
@@ -66,6 +84,9 @@ class ConnectionHandler:
         self.once: OnceWindow[Task] = OnceWindow(
             self.config.once_max_replies, self.config.once_max_bytes, self.config.once_window_s
         )
+        limits = self.config.held_max_bytes, self.config.held_max_bytes_per_peer, self.config.held_window_s
+        self.held_globals, self.held_inputs = HeldTensors(*limits), HeldTensors(*limits)
+        self._expiry: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         return f"ConnectionHandler({len(self.backends)} experts, {self.inflight_bytes} bytes in flight)"
@@ -77,7 +98,11 @@ class ConnectionHandler:
 
     def describe(self, uid: str) -> ExpertDescription:
         """See ExpertService."""
-        return self._backend(uid).describe(self.config.max_request_bytes)
+        description = self._backend(uid).describe(self.config.max_request_bytes)
+        if self.config.held_max_bytes == 0:
+            features = tuple(feature for feature in description.features if feature != HELD_TENSORS)
+            description = msgspec.structs.replace(description, features=features)
+        return description
 
     def open(self, peer: str, method: str, uid: str, header: RequestHeader | None) -> RequestAdmission:
         """See ExpertService."""
@@ -93,12 +118,30 @@ class ConnectionHandler:
         for name in uids:
             self._opened[name] += 1
             self._open[name] += 1
+        try:
+            admission.admit_held()
+        except BaseException:
+            admission.release()
+            raise
         return admission
 
     def closed(self, uids: Iterable[str]) -> None:
         """A request for these experts has ended."""
         for uid in uids:
             self._open[uid] -= 1
+
+    def expire_later(self) -> None:
+        """Drop held tensors when nobody has used them for long, also if no request comes any more."""
+        if self._expiry is not None:
+            return
+        now = time.monotonic()
+        due = [at for at in (self.held_globals.expire(now), self.held_inputs.expire(now)) if at is not None]
+        if due:
+            self._expiry = asyncio.get_running_loop().call_later(min(due) - now, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        self.expire_later()
 
     # --- experts that come and go; in the event loop, like all of this -----------------------------------------------
 
@@ -171,7 +214,10 @@ class RequestAdmission:
         if method == BACKWARD:
             self._entries += backends[-1].gradient_entries(stock=header is None)
         self._max_rows = min(backend.max_batch_size for backend in backends)
-        self._shapes: list[tuple[int, ...]] = []
+        self._keys = header.held or {} if header is not None else {}
+        self._sent = [position for position in range(len(self._entries)) if position not in self._keys]
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._shared: dict[int, HeldTensor] = {}  # by position: tensors that other requests may use, too
         self._bytes = 0
         self._queue_s = self._compute_s = 0.0
         limit_s = handler.config.request_timeout_s
@@ -181,18 +227,43 @@ class RequestAdmission:
 
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """Check a tensor's declaration against the schema and the limits, before any memory is taken for it."""
-        if index >= len(self._entries):
-            raise SchemaError(
-                f"{self._method}: expected {len(self._entries)} tensors "
-                f"({', '.join(entry.path for entry in self._entries[:20])}), got more"
-            )
-        entry = self._entries[index]
-        for user in self._chain.users[index] if index < len(self._chain.users) else (entry,):
+        if index >= len(self._sent):
+            raise SchemaError(f"{self._method}: expected {self._expected()}, got more")
+        return self._admit(self._sent[index], shape, dtype, codec)
+
+    def admit_held(self) -> None:
+        """The same for all tensors that are not sent.
+
+        :raises TensorNotHeld: one of them is not held
+        """
+        peer, now = self._peer, time.monotonic()
+        for position, key in self._keys.items():
+            if position >= len(self._chain.users):
+                raise SchemaError(f"held: position {position} is none of the {len(self._chain.users)} inputs")
+            path, proto = self._chain.entries[position]
+            if len(key) != (REQUEST_ID_BYTES if proto.batched else DIGEST_BYTES):
+                raise SchemaError(f"held: {path}: a key of {len(key)} bytes is none of a tensor {proto}")
+            if proto.batched:
+                held = self._handler.held_inputs.find(peer, _input_key(key, position), now)
+            else:
+                held = self._handler.held_globals.find(peer, key, now)
+            if held is None:
+                raise TensorNotHeld(f"{path} is not held here (any more); send it")
+            self._admit(position, tuple(held.tensor.shape), DTYPE_NAMES[held.tensor.dtype], Compression.NONE)
+            self._shared[position] = held
+
+    def _expected(self) -> str:
+        names = ", ".join(self._entries[position].path for position in self._sent[:20])
+        return f"{len(self._sent)} tensors ({names})"
+
+    def _admit(self, position: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
+        entry = self._entries[position]
+        for user in self._chain.users[position] if position < len(self._chain.users) else (entry,):
             problem = user.proto.mismatch(shape, dtype)
             if problem is not None:
                 raise SchemaError(f"{user.path}: {problem}")
-        self._shapes.append(shape)
-        rows = count_rows(self._entries, self._shapes)
+        self._shapes[position] = shape
+        rows = count_rows([self._entries[known] for known in self._shapes], list(self._shapes.values()))
         if entry.proto.batched and rows > self._max_rows:
             raise SchemaError(f"{entry.path}: {rows} rows, at most {self._max_rows} are taken in one request; split it")
         encoded = max_encoded_bytes(shape, DTYPES[dtype], codec)
@@ -222,13 +293,58 @@ class RequestAdmission:
 
     async def run(self, tensors: Sequence[torch.Tensor]) -> Reply:
         """Wait for the expert's answer, or for those of a chain's blocks, until the caller's deadline."""
-        if len(tensors) != len(self._entries):
-            names = ", ".join(entry.path for entry in self._entries[:20])
-            raise SchemaError(f"{self._method}: expected {len(self._entries)} tensors ({names}), got {len(tensors)}")
+        if len(tensors) != len(self._sent):
+            raise SchemaError(f"{self._method}: expected {self._expected()}, got {len(tensors)}")
+        by_position = {position: held.tensor for position, held in self._shared.items()}
+        by_position.update(zip(self._sent, tensors))
+        tensors = [by_position[position] for position in range(len(self._entries))]
+        await self._hold_globals(tensors)
         if self._method == FORWARD:
-            return self._outputs(await forward_chain(self._chain, tensors, self._ask))
+            arrived = self._worth_keeping(tensors)
+            outputs = await forward_chain(self._chain, tensors, self._ask)
+            self._keep(arrived)
+            return self._outputs(outputs)
         trainable = [backend.optimizer is not None for backend in self._backends]
-        return self._gradients(await backward_chain(self._chain, tensors, self._wants, trainable, self._ask))
+        grads = await backward_chain(self._chain, tensors, self._wants, trainable, self._ask)
+        self._handler.held_inputs.drop(self._peer, (_input_key(key, at) for at, key in self._keys.items()))
+        return self._gradients(grads)
+
+    # --- tensors held for later requests -------------------------------------------------------------------------------
+
+    async def _hold_globals(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Hold the global tensors that have been sent, if the client will refer to them."""
+        if self._header is None or self._header.held is None or self._handler.config.held_max_bytes == 0:
+            return
+        new = {
+            position: tensors[position]
+            for position, (_, proto) in enumerate(self._chain.entries)
+            if position not in self._keys and not proto.batched and tensors[position].nbytes >= MIN_HELD_BYTES
+        }
+        if not new:
+            return
+        digests = await _maybe_in_thread(sum(t.nbytes for t in new.values()), _digests, list(new.values()))
+        for (position, tensor), found in zip(new.items(), digests):
+            held = self._shared[position] = HeldTensor(tensor, tensor._version, found)
+            self._handler.held_globals.hold(self._peer, found, held, time.monotonic())
+        self._handler.expire_later()
+
+    def _worth_keeping(self, tensors: Sequence[torch.Tensor]) -> dict[int, HeldTensor]:
+        """Inputs of a forward as they have arrived, by position, if the client will refer to them in its backward."""
+        if self._header is None or not self._header.keep or self._header.request_id is None:
+            return {}
+        return {
+            position: HeldTensor(tensor, tensor._version)
+            for position, ((_, proto), tensor) in enumerate(zip(self._chain.entries, tensors))
+            if proto.batched and tensor.nbytes >= MIN_HELD_BYTES
+        }
+
+    def _keep(self, inputs: Mapping[int, HeldTensor]) -> None:
+        for position, held in inputs.items():
+            assert self._header is not None and self._header.request_id is not None
+            key = _input_key(self._header.request_id, position)
+            self._handler.held_inputs.hold(self._peer, key, held, time.monotonic())
+        if inputs:
+            self._handler.expire_later()
 
     async def _ask(
         self, index: int, method: str, tensors: list[torch.Tensor], wants: tuple[bool, ...] | None
@@ -255,11 +371,12 @@ class RequestAdmission:
     ) -> Task:
         """A new task in its pool, or the one that a repeated request id belongs to."""
         backend, block = self._backends[index], self._chain.blocks[index]
-        arguments = (method, tensors, block.present, wants)
-        if sum(t.nbytes for t, e in zip(tensors, block.entries) if not e.proto.batched) > _HASH_IN_THREAD_BYTES:
-            task = await asyncio.get_running_loop().run_in_executor(None, backend.make_task, *arguments)
-        else:
-            task = backend.make_task(*arguments)
+        shared = {id(held.tensor): held for held in self._shared.values()}
+        digests = {number: held.digest for number, held in shared.items() if held.digest is not None}
+        unknown = (t.nbytes for t, e in zip(tensors, block.entries) if not e.proto.batched and id(t) not in digests)
+        arguments = (method, tensors, block.present, wants, digests)
+        task = await _maybe_in_thread(sum(unknown), backend.make_task, *arguments)
+        task.shared = tuple(shared[id(tensor)] for tensor in tensors if id(tensor) in shared)
         task.deadline, task.peer = self._deadline, self._peer
         request_id = self._request_id(index)
         if method == FORWARD:
@@ -335,14 +452,30 @@ class RequestAdmission:
         protos = [entry.proto for entry in self._chain.entries]
         if self._header is None:  # a stock client expects a gradient for every input, integer ones included
             every = [
-                torch.zeros(shape, dtype=proto.dtype) if grad is None else grad
-                for grad, shape, proto in zip(grads, self._shapes, protos)
+                torch.zeros(self._shapes[position], dtype=proto.dtype) if grad is None else grad
+                for position, (grad, proto) in enumerate(zip(grads, protos))
             ]
             return Reply(None, every, [proto.compression for proto in protos])
         has_grad = tuple(grad is not None for grad in grads)
         kept = [(grad, proto.compression) for grad, proto in zip(grads, protos) if grad is not None]
         header = ReplyHeader(has_grad=has_grad, queue_s=self._queue_s, compute_s=self._compute_s)
         return Reply(header, [grad for grad, _ in kept], [codec for _, codec in kept])
+
+
+def _input_key(request_id: bytes, position: int) -> bytes:
+    """Of one input of a forward."""
+    return request_id + position.to_bytes(2, "big")
+
+
+def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    return [digest(tensor) for tensor in tensors]
+
+
+async def _maybe_in_thread(hashed_bytes: int, func: Callable[..., T], *args: Any) -> T:
+    """Digests of much are not computed in the event loop."""
+    if hashed_bytes <= _HASH_IN_THREAD_BYTES:
+        return func(*args)
+    return await asyncio.get_running_loop().run_in_executor(None, func, *args)
 
 
 def own_memory(tensors: Sequence[torch.Tensor | None]) -> TaskResult:

@@ -83,6 +83,7 @@ def _rows_of(task: Task, start: int, stop: int) -> Task:
         task.group,
         task.lane,
         task.wants_grad,
+        shared=task.shared,
     )
 
 

@@ -18,14 +18,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from moe.errors import ConfigError, ExpertFailed, NonFiniteError, SchemaError
+from moe.errors import ConfigError, ExpertFailed, NonFiniteError, SchemaError, TensorNotHeld
 from moe.schema import (
     DUMMY_BATCH_SIZE,
     BatchTensorProto,
@@ -232,8 +233,12 @@ class ExpertBackend:
         tensors: Sequence[torch.Tensor],
         present: Sequence[str] = (),
         wants_grad: Sequence[bool] | None = None,
+        digests: Mapping[int, bytes] = MappingProxyType({}),
     ) -> Task:
-        """Check tensors against the schema and say what they may be batched with."""
+        """Check tensors against the schema and say what they may be batched with.
+
+        :param digests: of global tensors, by ``id``, as far as they are known
+        """
         present = tuple(sorted(present))
         inputs = self.schema.input_entries(present)
         entries = self.task_entries(operation, present, len(tensors))
@@ -244,7 +249,7 @@ class ExpertBackend:
         wanted = floating if wants_grad is None else tuple(w and f for w, f in zip(wants_grad, floating))
         wanted = wanted if operation == "backward" else ()
         task = Task(operation, present, entries, list(tensors), rows, None, wants_grad=wanted)
-        task.lane = self._lane(task, inputs)
+        task.lane = self._lane(task, inputs, digests)
         # Lanes of equal shape may be stacked, so globals are compared by shape here, and by content within the batch.
         task.group = signature(operation, present, entries, tensors, wanted)
         if not self.schema.mergeable or rows == 0:
@@ -265,11 +270,12 @@ class ExpertBackend:
             return tuple(Entry(f"grad_{path}", proto) for path, proto in self.schema.output_entries)
         return gradient_entries(self.schema.output_entries)
 
-    def _lane(self, task: Task, inputs: Sequence[Entry]) -> Any:
+    def _lane(self, task: Task, inputs: Sequence[Entry], digests: Mapping[int, bytes]) -> Any:
         own_gradient = any(wanted and not entry.proto.batched for wanted, entry in zip(task.wants_grad, inputs))
         if own_gradient:
             return next(_lane_numbers)
-        return tuple(digest(t) for entry, t in zip(inputs, task.tensors) if not entry.proto.batched)
+        shared = [tensor for entry, tensor in zip(inputs, task.tensors) if not entry.proto.batched]
+        return tuple(digests.get(id(tensor)) or digest(tensor) for tensor in shared)
 
     # --- forward (Runtime thread) ------------------------------------------------------------------------------------
 
@@ -316,6 +322,7 @@ class ExpertBackend:
         return _to_cpu(results)
 
     def _forward_lane(self, lane: list[Task]) -> list[TaskResult]:
+        _check_shared(lane)
         outputs = self.forward(*concatenate(lane[0].entries, [task.tensors for task in lane]), present=lane[0].present)
         entries, rows = self.schema.output_entries, [task.rows for task in lane]
         self._check_outputs(outputs, sum(rows))
@@ -410,6 +417,7 @@ class ExpertBackend:
         return _to_cpu(results)
 
     def _backward_lane(self, lane: list[Task]) -> list[TaskResult]:
+        _check_shared(lane)
         first = lane[0]
         tensors = concatenate(first.entries, [task.tensors for task in lane])
         count = len(first.wants_grad)
@@ -512,6 +520,7 @@ class ExpertBackend:
         most = max(rows)
         count = len(lanes[0][0].wants_grad) if grad else len(entries)
         stacked = []
+        _check_shared(itertools.chain.from_iterable(lanes))
         for i, entry in enumerate(entries):
             if entry.proto.batched:
                 # Padding repeats a caller's own first row, which its module can certainly take; gradients there are 0.
@@ -629,6 +638,15 @@ def _lanes(tasks: list[Task]) -> list[list[Task]]:
     for task in tasks:
         by_lane.setdefault(task.lane, []).append(task)
     return list(by_lane.values())
+
+
+def _check_shared(tasks: Iterable[Task]) -> None:
+    """Refuse tasks whose inputs a module has written to: they came with another task. Their callers can send them again.
+
+    :raises TensorNotHeld: there is one
+    """
+    if not all(held.unchanged for task in tasks for held in task.shared):
+        raise TensorNotHeld("an expert has written to a tensor that was held")
 
 
 def _to_cpu(results: list[TaskResult]) -> list[TaskResult]:

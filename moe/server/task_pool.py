@@ -23,6 +23,7 @@ from moe.config import PoolConfig
 from moe.errors import DeadlineExceeded, ExpertFailed, LifecycleError, MoEError, Unavailable
 from moe.schema import BatchTensorProto, Entry, signature, validate
 from moe.server.batching import BatchQueue, Rank, Waiting
+from moe.server.held_tensors import HeldTensor
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Task:
     :ivar deadline: monotonic time after which nobody waits; ``math.inf``: never
     :ivar priority: smaller goes first
     :ivar peer: who sent it
+    :ivar shared: tensors that other tasks may use as well; if one has been written to, the task must not be run
     """
 
     operation: str
@@ -62,6 +64,7 @@ class Task:
     deadline: float = math.inf
     priority: float = 0.0
     peer: str = ""
+    shared: tuple[HeldTensor, ...] = ()
     number: int = field(default_factory=lambda: next(_numbers))
     future: Future[TaskResult] = field(default_factory=Future)
     submitted_at: float = 0.0

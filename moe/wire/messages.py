@@ -14,20 +14,25 @@ from typing import Annotated, Any
 import msgspec
 
 from moe.errors import MoEError, ProtocolError, Refused, error_from_wire
-from moe.schema import ExpertSchema
+from moe.schema import DIGEST_BYTES, ExpertSchema
 
 PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 1
-FEATURES = ("global_kwargs", "optional_kwargs", "gradient_mask", "once", "deadline", "chain")
+HELD_TENSORS = "held_tensors"
+FEATURES = ("global_kwargs", "optional_kwargs", "gradient_mask", "once", "deadline", "chain", HELD_TENSORS)
 MAX_HEADER_BYTES = 64 * 1024  # ours; a header with 4096 tensors is about 8 KiB
 MAX_INFO_BYTES = 4 * 1024 * 1024  # one unary message of hivemind's P2P
 MAX_DEPTH_INFO = 24  # nesting of rpc_info
 MAX_STOCK_BATCH = 2**31 - 1  # stock servers do not tell their max_batch_size
 REQUEST_ID_BYTES = 16
+MIN_HELD_BYTES = 4096  # smaller tensors are always sent: to look one up costs about as much
+MAX_HELD = 512  # tensors of one request that are not sent; ours, their keys take a quarter of a header
 MAX_CHAIN_BLOCKS = 256  # run for one request; ours, bounds how much work a small request can ask for
 MAX_ERROR_CHARS = 2000  # of an error message on the wire
 
 RequestId = Annotated[bytes, msgspec.Meta(min_length=REQUEST_ID_BYTES, max_length=REQUEST_ID_BYTES)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
+Position = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+HeldKey = Annotated[bytes, msgspec.Meta(min_length=REQUEST_ID_BYTES, max_length=DIGEST_BYTES)]
 
 
 class BlockInputs(msgspec.Struct, kw_only=True, frozen=True):
@@ -39,7 +44,7 @@ class BlockInputs(msgspec.Struct, kw_only=True, frozen=True):
     """
 
     present: Annotated[tuple[Name, ...], msgspec.Meta(max_length=4096)] = ()
-    tensors: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, lt=4096)], ...], msgspec.Meta(max_length=4096)] = ()
+    tensors: Annotated[tuple[Position, ...], msgspec.Meta(max_length=4096)] = ()
     request_id: RequestId | None = None
 
 
@@ -54,6 +59,10 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     :ivar present: names of the optional kwargs in this call
     :ivar wants_grad: backward only: which flat inputs want their gradient sent back; None: all floating-point ones
     :ivar chain: one for each of the uids of the request; None: its uid is that of a single expert
+    :ivar held: positions of tensors that are not sent, because the server holds them, and their keys: of a global one its
+        digest, of a batched one the request id of the forward that it came with. Not None: the server shall hold the
+        global tensors that are sent
+    :ivar keep: forward only: hold the batched inputs under ``request_id`` for the backward that follows
     """
 
     major: int = PROTOCOL_MAJOR
@@ -64,6 +73,8 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     present: Annotated[tuple[Name, ...], msgspec.Meta(max_length=4096)] = ()
     wants_grad: Annotated[tuple[bool, ...], msgspec.Meta(max_length=4096)] | None = None
     chain: Annotated[tuple[BlockInputs, ...], msgspec.Meta(min_length=1, max_length=MAX_CHAIN_BLOCKS)] | None = None
+    held: Annotated[dict[Position, HeldKey], msgspec.Meta(max_length=MAX_HELD)] | None = None
+    keep: bool = False
 
 
 class WireError(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):

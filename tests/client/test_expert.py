@@ -308,9 +308,9 @@ def test_gradients_of_inputs_that_need_none_are_not_asked_for() -> None:
     asked = []
 
     class Recording(ExpertBackend):
-        def make_task(self, operation: str, tensors: Any, present: Any = (), wants_grad: Any = None) -> Any:
+        def make_task(self, operation: str, tensors: Any, present: Any = (), wants_grad: Any = None, *more: Any) -> Any:
             asked.append(wants_grad)
-            return super().make_task(operation, tensors, present, wants_grad)
+            return super().make_task(operation, tensors, present, wants_grad, *more)
 
     module = seeded(LoraExpert)
     backend = Recording(

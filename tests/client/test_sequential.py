@@ -635,7 +635,7 @@ def test_g5_a_span_can_be_called_by_hand(swarm: SequenceSwarm) -> None:
         described = await spans.describe(peer, uids, Budget(5.0))
         chain, tensors = sequential.bind(uids, described, [h], [{"scale": scale}, {}])
         terms = Terms.of([description for description, _ in described])
-        request = Request(swarm.swarm.transport, chain)
+        request = Request(swarm.swarm.transport, chain, ClientConfig())
         return (await request.forward(peer, terms, tensors, len(h), 5.0))[0]
 
     h, scale = torch.randn(2, 3, HIDDEN), torch.randn(HIDDEN)

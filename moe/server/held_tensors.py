@@ -1,0 +1,120 @@
+"""Tensors that peers have sent and may refer to instead of sending them again. Owns: whose they are, how long and how much.
+
+Pure bookkeeping, ``now`` is passed in. Must not know: requests, schemas, what a key is made of. A peer finds only what it has
+sent itself. What is dropped here lives on for as long as a running request uses it.
+
+A held tensor is what has arrived, not a copy, and experts compute with it. So one that an expert's code has written to is
+not what was sent any more: that is told by torch's version counter, and it is not given out. (Writes that torch does not count,
+through ``.data`` or NumPy, are not noticed.)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+
+class HeldTensor(NamedTuple):
+    """A tensor that more than one request may use.
+
+    :ivar version: of the tensor, when it had arrived
+    :ivar digest: of its contents, if somebody has computed it
+    """
+
+    tensor: torch.Tensor
+    version: int
+    digest: bytes | None = None
+
+    @property
+    def unchanged(self) -> bool:
+        """False if somebody has written to it."""
+        return self.tensor._version == self.version
+
+
+class HeldTensors:
+    """Tensors by peer and key, the least recently used ones dropped first.
+
+    :param max_bytes: of all of them; 0: nothing is held
+    :param max_bytes_per_peer: of those of one peer
+    :param window_s: how long one is held that nobody uses
+    """
+
+    def __init__(self, max_bytes: int, max_bytes_per_peer: int, window_s: float):
+        self._max_bytes, self._max_bytes_per_peer = max_bytes, min(max_bytes, max_bytes_per_peer)
+        self._window_s = window_s
+        self._held: OrderedDict[tuple[str, bytes], tuple[float, HeldTensor]] = (
+            OrderedDict()
+        )  # with the time of last use
+        self._of_peer: dict[str, OrderedDict[bytes, None]] = {}
+        self._peer_bytes: dict[str, int] = {}
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return f"HeldTensors({len(self._held)} of {len(self._of_peer)} peers, {self.bytes} bytes)"
+
+    def find(self, peer: str, key: bytes, now: float) -> HeldTensor | None:
+        """What the peer has sent under this key; None if it is not held, or not what was sent any more."""
+        self.expire(now)
+        found = self._held.get((peer, key))
+        if found is None:
+            return None
+        if not found[1].unchanged:
+            self.drop(peer, [key])
+            return None
+        self._held[peer, key] = (now, found[1])
+        self._held.move_to_end((peer, key))
+        self._of_peer[peer].move_to_end(key)
+        return found[1]
+
+    def hold(self, peer: str, key: bytes, held: HeldTensor, now: float) -> None:
+        """Hold a tensor, in place of one with the same key, if it is not too large."""
+        self.expire(now)
+        self.drop(peer, [key])
+        size = size_bytes(held)
+        if size > self._max_bytes_per_peer or not held.unchanged:
+            return
+        while self._peer_bytes.get(peer, 0) + size > self._max_bytes_per_peer:
+            self.drop(peer, [next(iter(self._of_peer[peer]))])
+        while self.bytes + size > self._max_bytes:
+            other, oldest = next(iter(self._held))
+            self.drop(other, [oldest])
+        self._held[peer, key] = (now, held)
+        self._of_peer.setdefault(peer, OrderedDict())[key] = None
+        self._peer_bytes[peer] = self._peer_bytes.get(peer, 0) + size
+        self.bytes += size
+
+    def drop(self, peer: str, keys: Iterable[bytes]) -> None:
+        """Hold these no longer; those that are not held are no mistake."""
+        for key in keys:
+            found = self._held.pop((peer, key), None)
+            if found is None:
+                continue
+            size = size_bytes(found[1])
+            self.bytes -= size
+            self._peer_bytes[peer] -= size
+            del self._of_peer[peer][key]
+            if not self._of_peer[peer]:
+                del self._of_peer[peer], self._peer_bytes[peer]
+
+    def expire(self, now: float) -> float | None:
+        """Drop what nobody has used for long.
+
+        :returns: when there is more to drop, if nobody uses it until then; None if nothing is held
+        """
+        while self._held:
+            (peer, key), (used_at, _) = next(iter(self._held.items()))
+            if used_at > now - self._window_s:
+                return used_at + self._window_s
+            self.drop(peer, [key])
+        return None
+
+
+def size_bytes(held: HeldTensor) -> int:
+    """The memory it takes: all of that which it is a part of."""
+    return held.tensor.untyped_storage().nbytes()
