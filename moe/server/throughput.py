@@ -37,7 +37,7 @@ from moe.version import __version__
 logger = logging.getLogger(__name__)
 
 RELAY_PENALTY = 0.2  # of the network's part, for a server that is reached through a relay; Petals'
-ANY_LENGTH = 128  # tokens in a row, where an expert takes any number; ours
+LENGTHS = (128, 16)  # tokens in a row, where an expert takes any number; the second if it does not take that many; ours
 _COMPUTE_S = 0.3  # for measuring compute: enough for ten batches of the size that a server runs
 _BATCH_S = 0.02  # a batch that takes this long is large enough to show the speed
 _MAX_INPUT_BYTES = 64 * 2**20  # of a batch in the measurement
@@ -87,26 +87,43 @@ def measure(backend: ExpertBackend) -> Throughput:
 
     :raises Exception: whatever the expert raises
     """
-    lengths = [size for _, proto in backend.schema.input_entries(()) for size in proto.sizes]
+    length = length_of_rows(backend)
     return Throughput(
-        compute_rows_per_s=measure_compute(backend),
-        network_rows_per_s=measure_loopback_bytes_per_s() / max(1, bytes_per_row(backend)),
-        tokens_per_row=ANY_LENGTH if None in lengths else 1,
+        compute_rows_per_s=measure_compute(backend, length),
+        network_rows_per_s=measure_loopback_bytes_per_s() / max(1, bytes_per_row(backend, length)),
+        tokens_per_row=length,
     )
 
 
-def measure_compute(backend: ExpertBackend) -> float:
+def length_of_rows(backend: ExpertBackend) -> int:
+    """A length for axes of any length that the expert takes; 1 if there are none.
+
+    :raises Exception: whatever the expert raises at the shortest length
+    """
+    if not any(None in proto.sizes for _, proto in backend.schema.input_entries(())):
+        return 1
+    for length in LENGTHS[:-1]:
+        try:
+            backend.dry_run(1, length)
+            return length
+        except Exception as e:  # a model of few positions
+            logger.debug("%s does not take rows of %d: %s", backend.name, length, e)
+    backend.dry_run(1, LENGTHS[-1])
+    return LENGTHS[-1]
+
+
+def measure_compute(backend: ExpertBackend, any_length: int = 1) -> float:
     """Rows per second of a forward pass, with batches as large as they have to be to show it.
 
     :raises Exception: whatever the expert raises; out of memory only for a single row
     """
-    most = min(backend.max_batch_size, max(1, _MAX_INPUT_BYTES // max(1, bytes_per_row(backend))))
+    most = min(backend.max_batch_size, max(1, _MAX_INPUT_BYTES // max(1, bytes_per_row(backend, any_length))))
     rows, best = 1, 0.0
-    backend.dry_run(rows, ANY_LENGTH)  # what is done once only
+    backend.dry_run(rows, any_length)  # what is done once only
     deadline = time.monotonic() + _COMPUTE_S
     while True:
         try:
-            elapsed_s = backend.dry_run(rows, ANY_LENGTH)
+            elapsed_s = backend.dry_run(rows, any_length)
         except Exception as e:
             if rows == 1 or not is_out_of_memory(e):
                 raise
@@ -118,11 +135,11 @@ def measure_compute(backend: ExpertBackend) -> float:
             rows = min(4 * rows, most)
 
 
-def bytes_per_row(backend: ExpertBackend) -> int:
+def bytes_per_row(backend: ExpertBackend, any_length: int = 1) -> int:
     """Of the inputs and outputs of one row, uncompressed; what is global to a call does not count."""
     entries = (*backend.schema.input_entries(()), *backend.schema.output_entries)
     return sum(
-        proto.itemsize * math.prod(ANY_LENGTH if size is None else size for size in proto.sizes)
+        proto.itemsize * math.prod(any_length if size is None else size for size in proto.sizes)
         for _, proto in entries
         if isinstance(proto, BatchTensorProto)
     )

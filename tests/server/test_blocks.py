@@ -20,6 +20,8 @@ from moe.server.blocks import BlockSource, seed_of, seeded
 from moe.server.checkpoints import store_experts
 from moe.server.expert_backend import ExpertBackend
 from moe.server.server import Server
+from moe.server.throughput import LENGTHS
+from tests.pretrained import LAYERS, save_model
 
 LOOPBACK: dict[str, Any] = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "device": "cpu"}
 SMALL: dict[str, Any] = {"expert_cls": "ffn", "hidden_dim": 8, "optim_cls": None, **LOOPBACK}
@@ -185,6 +187,21 @@ def test_a_server_of_a_new_swarm_begins_at_the_first_block_and_may_move() -> Non
     assert (config.balance_quality, config.balance_period_s) == (0.75, 7.0)
     assert parts.server_options["throughput"] == 12.5
     assert parts.server_options["blocks"].total == 5
+
+
+def test_a_pretrained_model_says_itself_how_many_blocks_it_has(tmp_path: Path) -> None:
+    save_model("bert", tmp_path)
+    settings = dict(model_path=tmp_path, num_blocks=2, throughput="eval", **LOOPBACK)
+    parts = assemble(**settings)
+    stop_dht(parts.dht)
+    assert list(parts.backends) == ["block.0", "block.1"]
+    source = parts.server_options["blocks"]
+    assert source.total == LAYERS
+    first, again = parts.backends["block.1"].module.state_dict(), source.make(1).module.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert parts.server_options["throughput"].tokens_per_row == LENGTHS[1]  # this model takes 64 positions at most
+    with pytest.raises(ConfigError, match="in a model of"):
+        assemble(**{**settings, "num_blocks": LAYERS + 1})
 
 
 def test_blocks_that_were_chosen_by_hand_do_not_move() -> None:

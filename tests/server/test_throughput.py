@@ -20,7 +20,7 @@ from moe.server import throughput
 from moe.server.assembly import assemble
 from moe.server.expert_backend import ExpertBackend
 from moe.server.throughput import (
-    ANY_LENGTH,
+    LENGTHS,
     Throughput,
     bytes_per_row,
     key_of,
@@ -114,8 +114,25 @@ def test_rows_of_any_length_are_measured_at_one_length() -> None:
         "seq.0", layer, args_schema=(BatchTensorProto(None, 8),), kwargs_schema={"scale": TensorProto(8)},
         optional_kwargs=("scale",), outputs_schema=BatchTensorProto(None, 8),
     )  # fmt: skip
-    assert bytes_per_row(backend) == 2 * ANY_LENGTH * 8 * 4
-    assert measure(backend).tokens_per_row == ANY_LENGTH
+    assert bytes_per_row(backend, 100) == 2 * 100 * 8 * 4
+    assert measure(backend).tokens_per_row == LENGTHS[0]
+
+
+def test_an_expert_that_takes_short_rows_only() -> None:
+    class Short(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[1] > self.most:
+                raise ValueError("too long")
+            return x
+
+        most = 64
+
+    proto = BatchTensorProto(None, 8)
+    backend = ExpertBackend("seq.0", Short(), args_schema=(proto,), outputs_schema=proto)
+    assert measure(backend).tokens_per_row == LENGTHS[1]
+    Short.most = 4
+    with pytest.raises(ValueError, match="too long"):
+        measure(backend)
 
 
 def test_batches_grow_until_they_are_large_enough_and_no_larger_than_the_server_takes() -> None:

@@ -102,7 +102,8 @@ def test_one_of_two_servers_on_the_same_blocks_fills_the_gap_and_no_request_fail
         ) as second,
     ):
         assert second.rebalancer is not None
-        wait_until(lambda: second.rebalancer.moves == 1, 60, "the move")  # type: ignore[union-attr]
+        with callers(dht, ["block.0", "block.3"]):
+            wait_until(lambda: second.rebalancer.moves == 1, 60, "the move")  # type: ignore[union-attr]
         assert holders(dht) == [1] * TOTAL
         assert list(first.expert_backends) == [f"block.{i}" for i in range(HOSTED)]
         assert list(second.expert_backends) == [f"block.{i}" for i in range(HOSTED, TOTAL)]
