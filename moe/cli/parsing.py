@@ -281,6 +281,13 @@ def build_server_parser() -> Parser:
         help=f"most seconds a request may take (default: {HandlerConfig.request_timeout_s:g})",
     )
     add(
+        "--held_bytes",
+        type=whole_number,
+        default=HandlerConfig.held_max_bytes,
+        help="bytes of callers' tensors to hold, so that they need not be sent again: of global tensors, and as much again "
+        f"of inputs for backwards; a caller gets a fourth at most (default: {HandlerConfig.held_max_bytes})",
+    )
+    add(
         "--compression",
         type=str.upper,
         choices=COMPRESSIONS,

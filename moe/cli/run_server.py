@@ -178,6 +178,7 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_period_s": options.checkpoint_period or ServerConfig.checkpoint_period_s,
         "keep_checkpoints": options.keep_checkpoints or ServerConfig.keep_checkpoints,
         "request_timeout_s": options.request_timeout,
+        "held_max_bytes": options.held_bytes,
         "balance_period_s": options.balance_period,
         "direct": options.direct,
         "direct_port": options.direct_port,

@@ -88,6 +88,7 @@ def assemble(
     keep_checkpoints: int | None = None,
     detect_anomalies: bool = False,
     request_timeout_s: float | None = None,
+    held_max_bytes: int | None = None,
     direct: bool | None = None,
     direct_port: int | None = None,
     direct_hosts: Sequence[str] | None = None,
@@ -132,6 +133,7 @@ def assemble(
     :param balance_quality: when to move; with ``balance_period_s``, see ServerConfig
     :param throughput: rows per second the server says it can serve; "auto": measured once for each kind of expert on this
         machine; "eval": measured now; None: it does not say
+    :param held_max_bytes: see HandlerConfig; of one peer a fourth
     :param direct: offer direct links next to libp2p; with ``direct_port`` and ``direct_hosts``, see ServerConfig
     :param dht_options: forwarded to hivemind's DHT and P2P
     :raises ConfigError: wrong or contradicting settings; nothing was started
@@ -166,6 +168,8 @@ def assemble(
     handler_config = replace_known(
         handler_config or HandlerConfig(),
         request_timeout_s=request_timeout_s,
+        held_max_bytes=held_max_bytes,
+        held_max_bytes_per_peer=None if held_max_bytes is None else max(1, held_max_bytes // 4),
     )
     server_config = replace_known(
         config or ServerConfig(),
