@@ -85,11 +85,19 @@ def block_backend(uid: str, module: nn.Module, *, lr: float | None = None, **opt
 class FixedRouter:
     """Takes, for each block, the first server that hosts it and has not failed, for as many blocks as it hosts.
 
+    :param hosted: uids by peer (base58), the first ones first
+    :param peers: their ids, unless they are names in a memory swarm
     :ivar failures: (peer, name of the error) as they were reported
     :ivar routes: what was chosen, as "start:end@peer"
     """
 
-    def __init__(self, uids: Sequence[str], hosted: Mapping[str, Collection[str]]):
+    def __init__(
+        self,
+        uids: Sequence[str],
+        hosted: Mapping[str, Collection[str]],
+        peers: Mapping[str, PeerIDLike] | None = None,
+    ):
+        self.peers = peers or {}
         self.uids, self.hosted = tuple(uids), {peer: set(own) for peer, own in hosted.items()}
         self.failures: list[tuple[str, str]] = []
         self.successes: list[str] = []
@@ -108,7 +116,7 @@ class FixedRouter:
             stop = start + 1
             while stop < end and self.uids[stop] in self.hosted[peer]:
                 stop += 1
-            spans.append(Span(MemoryPeer(peer), start, stop))
+            spans.append(Span(self.peers.get(peer) or MemoryPeer(peer), start, stop))
             start = stop
         self.routes.append([f"{span.start}:{span.end}@{span.peer_id.to_base58()}" for span in spans])
         return spans

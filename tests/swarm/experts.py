@@ -14,6 +14,8 @@ from moe.schema import BatchTensorProto, TensorProto
 from moe.server.expert_backend import ExpertBackend
 from moe.server.layers import expert_schema
 from moe.server.layers.adapted import AdaptedFeedforwardBlock
+from tests.client.sequence_swarm import BLOCK_KWARGS, Block
+from tests.experts import HIDDEN
 
 WIDTH = 8
 
@@ -174,6 +176,23 @@ class Wide(nn.Module):
         return x[:, :1].expand(-1, 2**18)
 
 
+class SlowBlock(Block):
+    """A block of a sequence that takes as long as its caller says, to be killed in the middle."""
+
+    def forward(self, x: torch.Tensor, *args: Any, delay: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        """x (B, T, D), delay (B) in seconds -> (B, T, D); others as Block"""
+        if delay is not None:
+            time.sleep(float(delay.max()))
+        return super().forward(x, *args, **kwargs)
+
+
+SLOW_BLOCK_SCHEMA: dict[str, Any] = {
+    "args_schema": (BatchTensorProto(None, HIDDEN),),
+    "kwargs_schema": {**BLOCK_KWARGS, "delay": BatchTensorProto()},
+    "optional_kwargs": (*BLOCK_KWARGS, "delay"),
+}
+
+
 def make_backend(kind: str, uid: str, lr: float | None = None, **options: Any) -> ExpertBackend:
     """An expert of this file with the same weights in every process.
 
@@ -197,6 +216,7 @@ def _make_backend(kind: str, uid: str, lr: float | None, **options: Any) -> Expe
         "wide": lambda: (Wide(), {"args_schema": (BatchTensorProto(width),), "outputs_schema": BatchTensorProto(None)}),
         "slow": lambda: (Slow(), {"args_schema": (BatchTensorProto(width),)}),
         "adapted": lambda: (AdaptedFeedforwardBlock(width), expert_schema("adapted_ffn", width)),
+        "block": lambda: (SlowBlock(), SLOW_BLOCK_SCHEMA),
         "linear": lambda: (nn.Linear(width, width), {"args_schema": (BatchTensorProto(width),)}),
     }
     module, schema = makers[kind]()
