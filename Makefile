@@ -1,5 +1,6 @@
 # make env   a virtual environment in .venv with the pinned versions; again only after setup.py or constraints.txt changed
-# make demo  train a classifier on real data through experts in other processes
+# make demo  train a classifier on real data through experts in other processes, then:
+# make demo-model  fine-tune a pretrained language model over servers, one of which is killed
 # make test  everything that is checked before a commit
 # make lint  the same without pytest
 # make test-transports  the tests on real servers once for each way tensors can travel (the default is what make test runs)
@@ -13,11 +14,15 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo test test-transports lint env clean
+.PHONY: demo demo-model test test-transports lint env clean
 .DEFAULT_GOAL := test
 
 demo: env
 	$(BIN)/python examples/digits_demo.py
+	$(BIN)/python examples/finetune_lora.py
+
+demo-model: env
+	$(BIN)/python examples/finetune_lora.py
 
 test: lint
 	$(BIN)/python -m pytest -n 3 --dist loadfile

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+transformers.utils.logging.disable_progress_bar()  # it starts a thread
+
 LAYERS, VOCABULARY = 3, 60
 SMALL: dict[str, Any] = dict(
     hidden_size=32,

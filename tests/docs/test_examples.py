@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import moe
+from moe import load_peft
 from tests.docs.markdown import ROOT
 from tests.docs.test_snippets import NOISE
 
@@ -30,7 +31,7 @@ def run_example(name: str, *arguments: str) -> str:
     :returns: what it printed
     """
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=110
+        [sys.executable, str(EXAMPLES / name), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert not NOISE.search(result.stderr), result.stderr
@@ -56,6 +57,20 @@ def test_train_lora() -> None:
     assert "bit-identical after 60 backward calls" in printed
     before, after = (float(number) for number in re.findall(r"loss fell from (\S+) to (\S+)", printed)[0])
     assert after < before / 5
+
+
+@pytest.mark.timeout(240)  # three servers and a client that import transformers
+def test_finetune_lora(tmp_path: Path) -> None:
+    printed = run_example("finetune_lora.py", "--steps", "20", "--save", str(tmp_path / "adapter"))
+    (difference,) = re.findall(r"differ by at most (\S+) from those of the whole model", printed)
+    assert float(difference) <= 1e-5
+    assert "step 10: killed the server of blocks 0:3" in printed
+    first, last = (float(loss) for loss in re.findall(r"loss (\S+) at first, (\S+) at the end", printed)[0])
+    assert last < first / 2
+    before, after = (float(part) for part in re.findall(r"Right topics: (\S+)% .*, (\S+)% with it", printed)[0])
+    assert after > before + 10
+    assert "the same as before, to the last bit" in printed
+    assert len(load_peft(tmp_path / "adapter", 6)()) == 6
 
 
 def test_switch_from_hivemind() -> None:

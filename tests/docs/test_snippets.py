@@ -72,6 +72,8 @@ def test_commands_exist_with_these_flags(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a config.yml where the tests run would be read
     (tmp_path / "my_experts.py").touch()
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").touch()
     (tmp_path / "config.yml").write_text("\n".join(block.code for block in blocks_of(document, "yaml")))
     inline = re.findall(r"`((?:hivemind-server|moe-server|moe-status) -[^`]*)`", document.read_text(encoding="utf-8"))
     for command in [*commands_of(document), *inline]:
