@@ -247,6 +247,59 @@ def test_users_with_different_adapters_at_once(bert: Hosted) -> None:
                 assert_close(mine, reference, rtol=1e-4, atol=1e-4)
 
 
+def test_g1_whatever_a_block_takes_is_passed_and_learned(llama: Hosted) -> None:
+    """Petals' pull request #467: ``model.forward(h, attention_mask=, layer_past=learned, position_ids=, **any)``."""
+    blocks = llama.distributed().blocks
+    hidden, mask = torch.randn(2, 6, HIDDEN), padding_mask([6, 3])
+    positions = torch.arange(6).repeat(2, 1) + 5
+
+    def learned() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        sizes = ((3, 16), (3, 16), (32, 2), (2, 32), (16,))
+        return [torch.randn(*size, generator=generator).requires_grad_() for size in sizes]
+
+    def kwargs(key: Any, value: Any, a: Any, b: Any, scale: Any) -> dict[str, Any]:
+        lora, past = {"a": a, "b": b}, {"key": key, "value": value}
+        given = dict(attention_mask=mask, position_ids=positions, prefix=past)
+        return {**given, "lora_self_attn__q_proj": lora, "ia3_self_attn__v_proj": scale}
+
+    ours, theirs = learned(), learned()
+    got = blocks(hidden, **kwargs(*theirs))
+    expected = run_locally(llama, hidden, [kwargs(*ours)] * LAYERS)
+    assert_close(got, expected, **TOLERANCE)
+    got.square().mean().backward()
+    for tensor, grad in zip(theirs, torch.autograd.grad(expected.square().mean(), ours)):
+        assert grad.abs().max() > 1e-3
+        assert_close(tensor.grad, grad, **TOLERANCE)
+
+
+def test_f28_p_tuning_at_the_input_and_in_each_block(bert: Hosted) -> None:
+    """The loss falls, and nothing but the prompts changes."""
+    torch.manual_seed(0)
+    model, ids, mask = bert.distributed().requires_grad_(False), token_ids(4, 6), padding_mask([6, 3, 5, 6])
+    words, seen = model.local.get_input_embeddings()(ids), torch.nn.functional.pad(mask, (2, 0), value=1)
+
+    def run(soft: torch.Tensor, deep: DeepPrompts) -> torch.Tensor:
+        longer = torch.cat([soft.expand(len(ids), -1, -1), words], dim=1)
+        hidden: torch.Tensor = model(inputs_embeds=longer, attention_mask=seen, adapters=deep).last_hidden_state
+        return hidden[seen.bool()]
+
+    target = run(torch.randn(2, HIDDEN), DeepPrompts(LAYERS, 2, HIDDEN, std=1.0)).detach()
+    soft, deep = torch.nn.Parameter(torch.randn(2, HIDDEN) / 50), DeepPrompts(LAYERS, 2, HIDDEN)
+    states = [m.state_dict() for m in (model.local, *(backend.module for backend in bert.backends))]
+    before = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
+    optimizer = torch.optim.Adam([soft, *deep.parameters()], lr=0.1)
+    losses = []
+    for _ in range(15):
+        loss = torch.nn.functional.mse_loss(run(soft, deep), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] * 0.7
+    assert all(torch.equal(state[name], old[name]) for state, old in zip(states, before) for name in old)
+
+
 def test_adapters_for_another_number_of_blocks() -> None:
     with pytest.raises(SchemaError, match="expected kwargs for 3 blocks, got 2"):
         block_kwargs_of([{}, {}], 3)
