@@ -45,6 +45,7 @@ from moe.server.execution import Outcome, run_isolated
 from moe.server.matmul import speed_up_linear
 from moe.server.optim import fuse, load_state, move_state, portable_state
 from moe.server.task_pool import Task, TaskPool, TaskResult
+from moe.server.transfer import to_cpu
 from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
 
 logger = logging.getLogger(__name__)
@@ -319,7 +320,7 @@ class ExpertBackend:
         if self.detect_anomalies:
             for result in results:
                 self._refuse_non_finite(result, self.schema.output_entries)
-        return _to_cpu(results)
+        return to_cpu(results)
 
     def _forward_lane(self, lane: list[Task]) -> list[TaskResult]:
         _check_shared(lane)
@@ -414,7 +415,7 @@ class ExpertBackend:
                 for task, result in zip(tasks, results):
                     self._refuse_non_finite(result, task.entries, "the gradient of ")
                 self._refuse_non_finite_parameters()
-        return _to_cpu(results)
+        return to_cpu(results)
 
     def _backward_lane(self, lane: list[Task]) -> list[TaskResult]:
         _check_shared(lane)
@@ -647,10 +648,6 @@ def _check_shared(tasks: Iterable[Task]) -> None:
     """
     if not all(held.unchanged for task in tasks for held in task.shared):
         raise TensorNotHeld("an expert has written to a tensor that was held")
-
-
-def _to_cpu(results: list[TaskResult]) -> list[TaskResult]:
-    return [[None if tensor is None else tensor.cpu() for tensor in result] for result in results]
 
 
 def _backpropagate(outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], entries: Sequence[Entry]) -> None:

@@ -1,7 +1,8 @@
 """Runtime: the device loop, the one owner of the accelerator. Owns: the thread that runs batches, and its health.
 
 Takes the most urgent ready batch of all pools, moves it to the device (with ``prefetch_batches``, while the one before is
-computed: prefetch_generator), lets the pool process it. Must not know: what a batch computes, or where requests come from.
+computed: prefetch_generator), lets the pool process it. Must not know: what a batch computes, where requests come from, or
+how devices copy.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from prefetch_generator import BackgroundGenerator
@@ -19,11 +20,19 @@ from prefetch_generator import BackgroundGenerator
 from moe.errors import LifecycleError, MoEError, Unavailable
 from moe.server.execution import as_expert_failure, is_out_of_memory
 from moe.server.task_pool import Task, TaskPool
+from moe.server.transfer import Loaded, Loader
 
 logger = logging.getLogger(__name__)
 
-Batch = tuple[TaskPool, list[Task]]
 BatchHook = Callable[[TaskPool, list[Task]], None]
+
+
+class Batch(NamedTuple):
+    """Tasks of one pool, and their tensors on the device; None: they stay where they are."""
+
+    pool: TaskPool
+    tasks: list[Task]
+    loaded: Loaded | None = None
 
 
 class HasPools(Protocol):
@@ -175,14 +184,17 @@ class Runtime:
             batches = BackgroundGenerator(batches, max_prefetch=self.prefetch_batches)
         batch: list[Task] = []
         try:
-            for pool, batch in batches:
+            for pool, batch, loaded in batches:
                 if self._on_batch is not None:
                     self._on_batch(pool, batch)
                 self._busy_since = self._clock()
+                if loaded is not None:
+                    for task, tensors in zip(batch, loaded.take()):
+                        task.tensors = tensors
                 pool.process(batch)
                 self._busy_since = math.inf
                 batch = []
-                del pool  # one that is removed now must not stay in memory until there is more to do
+                del pool, loaded  # one that is removed now must not stay in memory until there is more to do
         except BaseException as e:
             self._fail(e, batch, batches)
         finally:
@@ -204,24 +216,25 @@ class Runtime:
         _tell(batch, gone)
         for pool in self.pools:
             pool.close(gone)
-        for _, ahead in loaded:
+        for _, ahead, _ in loaded:
             _tell(ahead, gone)
         if self._on_failure is not None:
             self._on_failure(error)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches in order of urgency, on the device, until shutdown."""
+        loader = None if self.device is None or self.device.type == "cpu" else Loader(self.device)
         while (batch := self._next_batch()) is not None:
-            if self.device is None or self.device.type == "cpu":
+            if loader is None:
                 yield batch
             else:
-                yield from self._on_device(*batch, self.device)
+                yield from self._load(batch.pool, batch.tasks, loader)
             del batch  # as in _run
 
-    def _on_device(self, pool: TaskPool, tasks: list[Task], device: torch.device) -> Iterator[Batch]:
+    def _load(self, pool: TaskPool, tasks: list[Task], loader: Loader) -> Iterator[Batch]:
         """The batch with its tensors on the device; in halves, if there is no room for all at once."""
         try:
-            moved = [[tensor.to(device, non_blocking=True) for tensor in task.tensors] for task in tasks]
+            loaded = loader.load([task.tensors for task in tasks])
         except Exception as e:
             if not is_out_of_memory(e):
                 _tell(tasks, Unavailable(f"the device of this server has failed ({type(e).__name__})"))
@@ -230,13 +243,11 @@ class Runtime:
                 _tell(tasks, as_expert_failure(e))
                 return
         else:
-            for task, tensors in zip(tasks, moved):
-                task.tensors = tensors
-            yield pool, tasks
+            yield Batch(pool, tasks, loaded)
             return
         middle = len(tasks) // 2
-        yield from self._on_device(pool, tasks[:middle], device)
-        yield from self._on_device(pool, tasks[middle:], device)
+        yield from self._load(pool, tasks[:middle], loader)
+        yield from self._load(pool, tasks[middle:], loader)
 
     def _next_batch(self) -> Batch | None:
         while True:
@@ -253,7 +264,7 @@ class Runtime:
                 pool = pools[min(ranks)[1]]
                 tasks = pool.load_batch(now)
                 if tasks:
-                    return pool, tasks
+                    return Batch(pool, tasks)
                 continue
             wait_s = min((pool.next_event(now) for pool in pools), default=math.inf) - now
             with self._wake:
