@@ -70,9 +70,7 @@ def import_transformers() -> Any:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as e:
-        raise ConfigError(
-            f'a pretrained model needs transformers: pip install "moe-runtime[transformers]" ({e})'
-        ) from e
+        raise ConfigError(f'a pretrained model needs transformers: pip install "transformers>=5,<6" ({e})') from e
     if int(transformers.__version__.split(".")[0]) < MIN_TRANSFORMERS:
         raise ConfigError(f"transformers {transformers.__version__} is too old; version {MIN_TRANSFORMERS} is needed")
     return transformers

@@ -75,7 +75,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(importlib, "import_module", missing)
-        with pytest.raises(ConfigError, match=r'pip install "moe-runtime\[transformers\]"'):
+        with pytest.raises(ConfigError, match=r'pip install "transformers>=5,<6"'):
             import_transformers()
     monkeypatch.setattr(import_transformers(), "__version__", "4.57.6")
     with pytest.raises(ConfigError, match=r"transformers 4\.57\.6 is too old; version 5 is needed"):

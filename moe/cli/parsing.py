@@ -400,7 +400,7 @@ def _check_blocks(options: argparse.Namespace) -> None:
         if not (options.model_path / "config.json").is_file():
             raise ConfigError(f"model_path: there is no model in {options.model_path}: it has no config.json")
         if importlib.util.find_spec("transformers") is None:
-            raise ConfigError('model_path needs transformers: pip install "moe-runtime[transformers]"')
+            raise ConfigError('model_path needs transformers: pip install "transformers>=5,<6"')
     if options.num_blocks is not None:
         _check_num_blocks(options)
     if options.block_indices is None:

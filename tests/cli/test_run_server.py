@@ -368,7 +368,7 @@ def test_pretrained_blocks_need_transformers(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         parse("--model_path", str(tmp_path))
-    assert 'model_path needs transformers: pip install "moe-runtime[transformers]"' in capsys.readouterr().err
+    assert 'model_path needs transformers: pip install "transformers>=5,<6"' in capsys.readouterr().err
 
 
 def test_no_optimizer_and_compression() -> None:
