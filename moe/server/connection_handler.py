@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -401,6 +402,7 @@ class RequestAdmission:
         backend.backward_pool.submit(task)
         once.begin(key, task)
         loop = asyncio.get_running_loop()
+        waiting = weakref.ref(task)  # a cycle through its future would hold the answer long after it is dropped
 
         def settle(future: Future[TaskResult]) -> None:
             if future.cancelled() or future.exception() is not None:
@@ -410,7 +412,8 @@ class RequestAdmission:
                 answer[:] = own_memory(answer)
                 size_bytes = sum(grad.nbytes for grad in answer if grad is not None)
                 once.finish(key, size_bytes, time.monotonic())
-                task.tensors = []  # only the answer is kept
+                if (done := waiting()) is not None:
+                    done.tensors = []  # only the answer is kept
 
         def settle_in_loop(future: Future[TaskResult]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server stops
