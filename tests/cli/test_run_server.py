@@ -654,10 +654,15 @@ def test_children_can_be_terminated(launch: Any) -> None:
     assert output == "child alive False\n"
 
 
-def test_compute_threads_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    run_server.let_compute_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    run_server.let_compute_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+@pytest.mark.parametrize(("name", "ours"), [("OMP_WAIT_POLICY", "passive"), ("THP_MEM_ALLOC_ENABLE", "1")])
+def test_torch_gets_what_suits_a_server_unless_the_environment_says_otherwise(
+    name: str, ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(variable, "")  # so that it is put back as it was
+    monkeypatch.delenv(name)
+    run_server.set_torch_environment()
+    assert os.environ[name] == ours
+    monkeypatch.setenv(name, "theirs")
+    run_server.set_torch_environment()
+    assert os.environ[name] == "theirs"
