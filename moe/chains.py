@@ -10,6 +10,7 @@ floating-point outputs. What a block returns are the args of the next. A call of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ class Chain:
         kwargs = range(len(schema.arg_entries), len(schema.input_entries(present)))
         return cls([Block(uid, schema, present, tuple(kwargs))])
 
-    @property
+    @functools.cached_property
     def entries(self) -> tuple[Entry, ...]:
         """The request's tensors without gradients, flat; where several blocks take one, as the first of them does."""
         return tuple(users[0] for users in self.users)
@@ -95,12 +96,12 @@ class Chain:
         """What the last block returns."""
         return self.blocks[-1].schema.output_entries
 
-    @property
+    @functools.cached_property
     def gradient_entries(self) -> tuple[Entry, ...]:
         """What a backward request has after ``entries``."""
         return gradient_entries(self.output_entries)
 
-    @property
+    @functools.cached_property
     def mergeable(self) -> bool:
         """Can a call be split by rows? See ``ExpertSchema.mergeable``."""
         has_rows = any(users[0].proto.batched for users in self.users)
