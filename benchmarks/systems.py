@@ -81,6 +81,25 @@ def optimizer_class(name: str) -> Any:
     return {"adam": torch.optim.Adam, "none": None}[name]
 
 
+class CountingTransport:
+    """Counts the bytes of tensors that are sent over a transport of this project."""
+
+    def __init__(self, inner: Any):
+        self._inner, self.sent_bytes = inner, 0
+
+    async def info(self, *args: Any, **options: Any) -> Any:
+        """See ExpertTransport."""
+        return await self._inner.info(*args, **options)
+
+    async def call(self, peer: Any, call: Any, **options: Any) -> Any:
+        """See ExpertTransport."""
+        self.sent_bytes += call.request_bytes
+        return await self._inner.call(peer, call, **options)
+
+    async def close(self) -> None:
+        """The transport belongs to others."""
+
+
 class Moe:
     """This project."""
 
@@ -128,6 +147,18 @@ class Moe:
             self._experts[uid] = RemoteExpert(ExpertInfo(uid, self._peer_id), self._transport, config=self._config)
         expert: Callable[..., Any] = self._experts[uid]
         return expert
+
+    def counted_expert(self, uid: str, *, hold_tensors: bool) -> tuple[Any, CountingTransport]:
+        """A new client of an expert, and what counts the bytes that it sends.
+
+        :param hold_tensors: see ``moe.ClientConfig``
+        """
+        from moe import ClientConfig, RemoteExpert
+        from moe.expert_uid import ExpertInfo
+
+        transport = CountingTransport(self._transport)
+        config = ClientConfig(transport=self._config.transport, hold_tensors=hold_tensors)
+        return RemoteExpert(ExpertInfo(uid, self._peer_id), transport, config=config), transport
 
     def join(self, maddrs: Sequence[str]) -> Any:
         """See System."""

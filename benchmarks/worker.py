@@ -40,6 +40,7 @@ class Load(NamedTuple):
     :ivar adapters: how many different LoRA adapters the callers have between them; 0: none
     :ivar rank: of the adapters
     :ivar lengths: if any, lengths of the input's second axis; the callers take them in turn
+    :ivar changing: the adapter is another one after each call
     """
 
     uids: Sequence[str] = ()
@@ -50,6 +51,7 @@ class Load(NamedTuple):
     adapters: int = 0
     rank: int = 8
     lengths: Sequence[int] = ()
+    changing: bool = False
 
     def inputs(self, caller: int) -> tuple[Any, dict[str, Any]]:
         """Positional and keyword input of one caller, the same in every system."""
@@ -79,6 +81,9 @@ class Load(NamedTuple):
             output.sum().backward()
             for tensor in (x, *kwargs.values()):
                 tensor.grad = None
+        if self.changing:
+            for tensor in kwargs.values():
+                tensor.detach().mul_(0.999)
 
 
 class Limit(NamedTuple):
@@ -191,6 +196,21 @@ class Client:
         if failures:
             raise failures[0]
         return results
+
+    def uploads(
+        self, begin_at: float, load: dict[str, Any], limit: dict[str, Any], hold_tensors: bool
+    ) -> dict[str, Any]:
+        """Call an expert as a client that has just started; this project only.
+
+        :returns: see ``timed_loop``, and the bytes of tensors that were sent
+        """
+        what = Load(**load)
+        x, kwargs = what.inputs(self._index)
+        expert, counter = self._system.counted_expert(what.uids[0], hold_tensors=hold_tensors)  # type: ignore[attr-defined]
+        _ = expert.info
+        _sleep_until(begin_at)
+        result = timed_loop(lambda _: what.step(expert, x, kwargs), Limit(**limit))
+        return {**result, "sent_bytes": counter.sent_bytes}
 
     def trace(self, begin_at: float, operation: str) -> None:
         """From now on, note when calls pass the points of ``benchmarks.tracing``; this project only.

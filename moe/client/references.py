@@ -15,12 +15,12 @@ import asyncio
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
-from moe.client.digests import Digests
+from moe.client.digests import Contents, Digests
 from moe.errors import ConnectError, PeerGone, TensorNotHeld
 from moe.expert_uid import PeerIDLike
 from moe.schema import Entry
@@ -28,19 +28,20 @@ from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
 from moe.wire.messages import MAX_HEADER_BYTES, MAX_HELD, MIN_HELD_BYTES, encode_header, new_request_id
 
 KEEP_FROM_BYTES = 2**20  # inputs that are smaller, together, are sent again as fast over a Unix socket; decision 0009
-_IN_THREAD_BYTES = 2**20  # more is digested off the event loop; ours, about 1 ms
+_DIGEST_IN_THREAD_BYTES = 2**20  # more is digested off the event loop; ours, about 1 ms
+_LOOK_IN_THREAD_BYTES = 2**22  # likewise, for looks, which are quicker
 _ONE_UPLOAD_BYTES = 2**20  # a larger tensor is sent by one request while others that need it wait; ours
 _MAX_WAIT_S = 5.0  # they wait no longer than this
 _ONE_EPISODE_S = 1.0  # misses within this time have one cause, such as a server that was started again
 _MAX_PAUSE_S = 60.0
-_MAX_SENT = 16384  # digests remembered, of all servers; ours, about 3 MB
+_MAX_SENT = 16384  # digests and marks remembered, of all servers; ours, a few MB
 
 
 @dataclass
 class Kept:
-    """Which inputs of one forward are kept, and where. Written by the forward, read by its backward.
+    """Which inputs of one forward a server keeps for its backward. Written by the forward.
 
-    :ivar peer: base58; empty: none are
+    :ivar peer: base58, who keeps them; empty: nobody
     """
 
     peer: str = ""
@@ -53,30 +54,30 @@ KeptRows = dict[tuple[int, int], Kept]
 
 
 class SentTensors:
-    """Which tensors each server has been sent, by digest."""
+    """What each server has been sent and asked to hold: digests of tensors, and marks of some that have not been digested."""
 
     def __init__(self, max_known: int = _MAX_SENT):
         self._max_known = max_known
-        self._known: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._known: OrderedDict[tuple[str, Hashable], None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def has(self, peer: str, digest: bytes) -> bool:
-        """Should the server hold it?"""
-        return (peer, digest) in self._known
+    def has(self, peer: str, *names: Hashable) -> bool:
+        """Should the server hold what has one of these names?"""
+        return any((peer, name) in self._known for name in names)
 
-    def note(self, peer: str, digests: Iterable[bytes]) -> None:
+    def note(self, peer: str, names: Iterable[Hashable]) -> None:
         """The server has been sent these, or has found them."""
-        for digest in digests:
-            self._known[peer, digest] = None
-            self._known.move_to_end((peer, digest))
+        for name in names:
+            self._known[peer, name] = None
+            self._known.move_to_end((peer, name))
         while len(self._known) > self._max_known:
             self._known.popitem(last=False)
 
-    def forget(self, peer: str, digests: Iterable[bytes] | None = None) -> None:
+    def forget(self, peer: str, names: Iterable[Hashable] | None = None) -> None:
         """The server does not hold these, or (None) nothing any more."""
-        keys = [key for key in self._known if key[0] == peer] if digests is None else [(peer, d) for d in digests]
+        keys = [key for key in self._known if key[0] == peer] if names is None else [(peer, name) for name in names]
         for key in keys:
             self._known.pop(key, None)
 
@@ -113,7 +114,8 @@ class Referring:
         self._transport = weakref.ref(transport)
         self.digests, self.sent = Digests(), SentTensors()
         self._globals, self._inputs = Pauses(), Pauses()
-        self._uploads: dict[tuple[str, bytes], asyncio.Future[None]] = {}
+        self._uploads: dict[tuple[str, Hashable], asyncio.Future[None]] = {}
+        self._computing: dict[Hashable, asyncio.Future[bytes]] = {}
 
     def __repr__(self) -> str:
         return f"Referring({self.digests!r}, {len(self.sent)} sent)"
@@ -139,87 +141,118 @@ class Referring:
 
         :param call: with all tensors; its header is that of a server which holds tensors
         :param inputs: the schema of its tensors, without gradients at the end
-        :param kept: of a forward: let the server keep its inputs, and note it here; of a backward: what was noted
+        :param kept: of a forward: where to note what the server keeps for the backward, None if there will be none; of a
+            backward: what was noted
         """
         transport = self._transport()
         assert transport is not None and call.header is not None
         loop, name = asyncio.get_running_loop(), peer.to_base58()
         end = None if timeout_s is None else loop.time() + timeout_s
         large = [i for i, tensor in enumerate(call.tensors[: len(inputs)]) if tensor.nbytes >= MIN_HELD_BYTES]
-        own = [i for i in large if inputs[i].proto.batched][:MAX_HELD]
-        keeps = call.method == FORWARD and kept is not None and self._worth_keeping(name, call, own, loop.time())
-        kept_here = call.method == BACKWARD and kept is not None and kept.peer == name
-        digests: Mapping[int, bytes] = {}
-        if not self._globals.paused(name, loop.time()):
-            digests = await self._digests_of(call, [i for i in large if not inputs[i].proto.batched][:MAX_HELD])
-        if not (digests or keeps or kept_here):
-            return await transport.call(peer, call, timeout_s=timeout_s)
+        by_id: dict[int, bytes] = {}
+        if call.method == BACKWARD and kept is not None and kept.peer == name:
+            by_id = dict.fromkeys(kept.positions[:MAX_HELD], kept.request_id)
+        may_keep = call.method == FORWARD and kept is not None and not self._inputs.paused(name, loop.time())
+        shared = [] if self._globals.paused(name, loop.time()) else [i for i in large if not inputs[i].proto.batched]
         missed = False
         while True:
-            async with self._one_upload(name, call, digests, end):
-                held = {i: digest for i, digest in digests.items() if self.sent.has(name, digest)}
-                by_digest = list(held.values())
-                if kept is not None and kept_here:
-                    held.update((i, kept.request_id) for i in kept.positions[: MAX_HELD - len(held)])
-                request = _referring(call, held, bool(digests), keeps)
-                timeout_s = None if end is None else max(0.0, end - loop.time())
+            others = [i for i in shared if i not in by_id][: MAX_HELD - len(by_id)]
+            contents = await self._contents(name, call, others, end)
+            by_digest = {
+                i: content.digest
+                for i, content in contents.items()
+                if content.digest is not None and self.sent.has(name, content.mark, content.digest)
+            }
+            held = {**by_digest, **by_id}
+            hold = [i for i in contents if i not in held]
+            keep = [i for i in large if i not in held] if may_keep else []
+            if sum(call.tensors[i].nbytes for i in keep) < KEEP_FROM_BYTES:
+                keep = []
+            request = _referring(call, held, hold, bool(keep))
+            uploads = {(name, contents[i].mark) for i in hold if call.tensors[i].nbytes >= _ONE_UPLOAD_BYTES}
+            with self._uploading(uploads):
                 try:
-                    reply = await transport.call(peer, request, timeout_s=timeout_s)
+                    left_s = None if end is None else max(0.0, end - loop.time())
+                    reply = await transport.call(peer, request, timeout_s=left_s)
                 except TensorNotHeld:
                     if request is call:
                         raise
-                    if kept_here:
-                        kept_here = False
+                    if by_id:
+                        by_id = {}
                         self._inputs.missed(name, loop.time())
                     else:
-                        self.sent.forget(name, by_digest)
+                        self.sent.forget(name, _names(contents.values()))
                         self._globals.missed(name, loop.time())
                         if missed or not by_digest:  # it has something against being referred to at all
-                            digests, keeps = {}, False
+                            shared, may_keep = [], False
                         missed = True
                     continue
                 except (ConnectError, PeerGone):
                     self.sent.forget(name)
                     raise
-            self.sent.note(name, digests.values())
+                if request is not call:
+                    self.sent.note(name, _names(contents.values()))
             if by_digest:
                 self._globals.found(name)
-            if kept_here and kept is not None:
+            if by_id and kept is not None:
                 self._inputs.found(name)
                 kept.peer = ""  # they were kept for one backward
-            if keeps and kept is not None and request.header is not None and request.header.request_id is not None:
-                kept.peer, kept.request_id, kept.positions = name, request.header.request_id, tuple(own)
+            if keep and kept is not None and request.header is not None and request.header.request_id is not None:
+                kept.peer, kept.request_id, kept.positions = name, request.header.request_id, tuple(keep)
             return reply
 
-    def _worth_keeping(self, peer: str, call: Call, own: Sequence[int], now: float) -> bool:
-        return sum(call.tensors[i].nbytes for i in own) >= KEEP_FROM_BYTES and not self._inputs.paused(peer, now)
+    # --- contents of global tensors ------------------------------------------------------------------------------------
 
-    async def _digests_of(self, call: Call, positions: Sequence[int]) -> dict[int, bytes]:
-        def compute() -> dict[int, bytes]:
-            return {i: self.digests.of(call.tensors[i], call.codecs[i]) for i in positions}
+    async def _contents(
+        self, peer: str, call: Call, positions: Sequence[int], end: float | None
+    ) -> dict[int, Contents]:
+        """What is in these tensors, when no other request is sending the same to this server.
 
-        if sum(call.tensors[i].nbytes for i in positions) <= _IN_THREAD_BYTES:
-            return compute()
-        return await asyncio.get_running_loop().run_in_executor(None, compute)
-
-    @contextlib.asynccontextmanager
-    async def _one_upload(
-        self, peer: str, call: Call, digests: Mapping[int, bytes], end: float | None
-    ) -> AsyncIterator[None]:
-        """Of several requests that need a large tensor at the same time, the first one sends it while the others wait."""
-        if not digests:
-            yield
-            return
+        A digest is computed where it may be of use: if the server has been sent these contents, or may know them from
+        another tensor. An adapter that has just been changed is sent, and digested if it is used once more.
+        """
+        if not positions:
+            return {}
         loop = asyncio.get_running_loop()
         patience = loop.time() + _MAX_WAIT_S if end is None else min(loop.time() + _MAX_WAIT_S, (loop.time() + end) / 2)
-        needed = {(peer, digest) for i, digest in digests.items() if call.tensors[i].nbytes >= _ONE_UPLOAD_BYTES}
-        while (left_s := patience - loop.time()) > 0:
-            under_way = {self._uploads[key] for key in needed if key in self._uploads}
-            if not under_way:
+        while True:
+            contents = await self._look(call, positions)
+            keys = [(peer, content.mark) for content in contents.values()]
+            under_way = {self._uploads[key] for key in keys if key in self._uploads}
+            left_s = patience - loop.time()
+            if not under_way or left_s <= 0:
                 break
             await asyncio.wait(under_way, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        own = {key for key in needed if key not in self._uploads and not self.sent.has(*key)}
-        done: asyncio.Future[None] = loop.create_future()
+        for i, content in contents.items():
+            if content.digest is None and (not content.changed or self.sent.has(peer, content.mark)):
+                contents[i] = content._replace(digest=await self._digest(call, i, content.mark))
+        return contents
+
+    async def _look(self, call: Call, positions: Sequence[int]) -> dict[int, Contents]:
+        def look() -> dict[int, Contents]:
+            return {i: self.digests.look(call.tensors[i], call.codecs[i]) for i in positions}
+
+        if sum(call.tensors[i].nbytes for i in positions) <= _LOOK_IN_THREAD_BYTES:
+            return look()
+        return await asyncio.get_running_loop().run_in_executor(None, look)
+
+    async def _digest(self, call: Call, position: int, mark: Hashable) -> bytes:
+        """Computed once, however many requests ask for it at the same time."""
+        tensor, codec = call.tensors[position], call.codecs[position]
+        if tensor.nbytes <= _DIGEST_IN_THREAD_BYTES:
+            return self.digests.of(tensor, codec)
+        computing = self._computing.get(mark)
+        if computing is None:
+            loop = asyncio.get_running_loop()
+            computing = self._computing[mark] = loop.run_in_executor(None, self.digests.of, tensor, codec)
+            computing.add_done_callback(lambda _: self._computing.pop(mark, None))
+        return await asyncio.shield(computing)
+
+    @contextlib.contextmanager
+    def _uploading(self, contents: Iterable[tuple[str, Hashable]]) -> Iterator[None]:
+        """Of several requests that need a large tensor at the same time, the first one sends it while the others wait."""
+        own = [key for key in contents if key not in self._uploads]
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._uploads.update(dict.fromkeys(own, done))
         try:
             yield
@@ -232,15 +265,19 @@ class Referring:
 _of_transports: weakref.WeakKeyDictionary[ExpertTransport, Referring] = weakref.WeakKeyDictionary()
 
 
-def _referring(call: Call, held: Mapping[int, bytes], hold: bool, keep: bool) -> Call:
+def _referring(call: Call, held: Mapping[int, bytes], hold: Sequence[int], keep: bool) -> Call:
     """The call without the tensors that are held; as it is if there is nothing to say, or too much for a header."""
     if not (held or hold or keep):
         return call
     assert call.header is not None
-    header = msgspec.structs.replace(call.header, held=dict(held) if held or hold else None, keep=keep)
+    header = msgspec.structs.replace(call.header, held=dict(held), hold=tuple(hold), keep=keep)
     if keep:
         header = msgspec.structs.replace(header, request_id=new_request_id())
     if len(encode_header(header)) > MAX_HEADER_BYTES:
         return call
     sent = [i for i in range(len(call.tensors)) if i not in held]
     return replace(call, header=header, tensors=[call.tensors[i] for i in sent], codecs=[call.codecs[i] for i in sent])
+
+
+def _names(contents: Iterable[Contents]) -> list[Hashable]:
+    return [name for content in contents for name in (content.mark, content.digest) if name is not None]

@@ -215,7 +215,7 @@ class RequestAdmission:
         if method == BACKWARD:
             self._entries += backends[-1].gradient_entries(stock=header is None)
         self._max_rows = min(backend.max_batch_size for backend in backends)
-        self._keys = header.held or {} if header is not None else {}
+        self._keys = header.held if header is not None else {}
         self._sent = [position for position in range(len(self._entries)) if position not in self._keys]
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._shared: dict[int, HeldTensor] = {}  # by position: tensors that other requests may use, too
@@ -242,12 +242,12 @@ class RequestAdmission:
             if position >= len(self._chain.users):
                 raise SchemaError(f"held: position {position} is none of the {len(self._chain.users)} inputs")
             path, proto = self._chain.entries[position]
-            if len(key) != (REQUEST_ID_BYTES if proto.batched else DIGEST_BYTES):
-                raise SchemaError(f"held: {path}: a key of {len(key)} bytes is none of a tensor {proto}")
-            if proto.batched:
+            if len(key) == REQUEST_ID_BYTES:
                 held = self._handler.held_inputs.find(peer, _input_key(key, position), now)
-            else:
+            elif len(key) == DIGEST_BYTES and not proto.batched:
                 held = self._handler.held_globals.find(peer, key, now)
+            else:
+                raise SchemaError(f"held: {path}: a key of {len(key)} bytes is none of a tensor {proto}")
             if held is None:
                 raise TensorNotHeld(f"{path} is not held here (any more); send it")
             self._admit(position, tuple(held.tensor.shape), DTYPE_NAMES[held.tensor.dtype], Compression.NONE)
@@ -307,19 +307,26 @@ class RequestAdmission:
             return self._outputs(outputs)
         trainable = [backend.optimizer is not None for backend in self._backends]
         grads = await backward_chain(self._chain, tensors, self._wants, trainable, self._ask)
-        self._handler.held_inputs.drop(self._peer, (_input_key(key, at) for at, key in self._keys.items()))
+        kept = {key for key in self._keys.values() if len(key) == REQUEST_ID_BYTES}
+        self._handler.held_inputs.drop(
+            self._peer, (_input_key(key, at) for key in kept for at in range(len(self._chain.users)))
+        )
         return self._gradients(grads)
 
     # --- tensors held for later requests -------------------------------------------------------------------------------
 
     async def _hold_globals(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Hold the global tensors that have been sent, if the client will refer to them."""
-        if self._header is None or self._header.held is None or self._handler.config.held_max_bytes == 0:
+        """Hold those global tensors that have been sent which the client will refer to by their contents."""
+        if self._header is None or self._handler.config.held_max_bytes == 0:
             return
+        entries = self._chain.entries
         new = {
             position: tensors[position]
-            for position, (_, proto) in enumerate(self._chain.entries)
-            if position not in self._keys and not proto.batched and tensors[position].nbytes >= MIN_HELD_BYTES
+            for position in self._header.hold
+            if position < len(entries)
+            and position not in self._keys
+            and not entries[position].proto.batched
+            and tensors[position].nbytes >= MIN_HELD_BYTES
         }
         if not new:
             return
@@ -334,9 +341,9 @@ class RequestAdmission:
         if self._header is None or not self._header.keep or self._header.request_id is None:
             return {}
         return {
-            position: HeldTensor(tensor, tensor._version)
-            for position, ((_, proto), tensor) in enumerate(zip(self._chain.entries, tensors))
-            if proto.batched and tensor.nbytes >= MIN_HELD_BYTES
+            position: HeldTensor(tensors[position], tensors[position]._version)
+            for position in self._sent
+            if tensors[position].nbytes >= MIN_HELD_BYTES
         }
 
     def _keep(self, inputs: Mapping[int, HeldTensor]) -> None:

@@ -59,10 +59,10 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     :ivar present: names of the optional kwargs in this call
     :ivar wants_grad: backward only: which flat inputs want their gradient sent back; None: all floating-point ones
     :ivar chain: one for each of the uids of the request; None: its uid is that of a single expert
-    :ivar held: positions of tensors that are not sent, because the server holds them, and their keys: of a global one its
-        digest, of a batched one the request id of the forward that it came with. Not None: the server shall hold the
-        global tensors that are sent
-    :ivar keep: forward only: hold the batched inputs under ``request_id`` for the backward that follows
+    :ivar held: positions of inputs that are not sent, because the server holds them, and their keys: the digest of a global
+        one, or the request id of the forward that an input came with
+    :ivar hold: positions of global tensors that the server shall hold by their digests
+    :ivar keep: forward only: hold all inputs that are sent under ``request_id``, for the backward that follows
     """
 
     major: int = PROTOCOL_MAJOR
@@ -73,7 +73,8 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     present: Annotated[tuple[Name, ...], msgspec.Meta(max_length=4096)] = ()
     wants_grad: Annotated[tuple[bool, ...], msgspec.Meta(max_length=4096)] | None = None
     chain: Annotated[tuple[BlockInputs, ...], msgspec.Meta(min_length=1, max_length=MAX_CHAIN_BLOCKS)] | None = None
-    held: Annotated[dict[Position, HeldKey], msgspec.Meta(max_length=MAX_HELD)] | None = None
+    held: Annotated[dict[Position, HeldKey], msgspec.Meta(max_length=MAX_HELD)] = {}
+    hold: Annotated[tuple[Position, ...], msgspec.Meta(max_length=MAX_HELD)] = ()
     keep: bool = False
 
 

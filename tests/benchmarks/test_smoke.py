@@ -28,6 +28,7 @@ SYSTEMS = {
     "means": {"moe"},
     "moe": {"moe", "hivemind"},
     "kwargs": {"moe"},
+    "held": {"moe", "all sent"},
     "footprint": {"moe"},
     "dht": {"moe"},
     "compression": {"moe", "hivemind"},

@@ -217,7 +217,7 @@ def check(client: Client, lora: dict[str, torch.Tensor], data: torch.Tensor | No
         output.backward(grad)
         gradients.append([output.detach(), own.grad, *(tensor.grad for tensor in lora.values())])
     for got, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)  # sums over up to 1600 positions
 
 
 # --- an adapter is sent once ---------------------------------------------------------------------------------------------
@@ -273,8 +273,12 @@ def test_what_has_changed_in_place_is_sent_again(change: Callable[[torch.Tensor]
         forward, backward = client.transport.take()
         assert (forward.refers, forward.bytes) == (1, x().nbytes + lora["lora_a"].nbytes)
         assert backward.refers == 2
+        check(client, lora)
+        assert [sent.refers for sent in client.transport.take()] == [2, 2]
         change(lora["lora_a"])
         check(client, lora)
+        assert client.transport.errors == []
+        assert Referring.over(client.transport).digests.computed == 4  # none twice
 
 
 def test_equal_contents_of_another_tensor_are_the_same() -> None:
@@ -344,6 +348,11 @@ def test_calls_at_the_same_time_send_a_large_adapter_once(monkeypatch: pytest.Mo
         for own, output in zip(data, outputs):
             torch.testing.assert_close(output, client.module(own, **lora), atol=1e-5, rtol=1e-5)
         assert client.transport.uploaded == size(lora) + sum(own.nbytes for own in data)
+        lora["lora_b"].mul_(2)  # which is digested while it travels
+        outputs = in_parallel([lambda own=own: client.expert(own, **lora) for own in data])  # type: ignore[misc]
+        for own, output in zip(data, outputs):
+            torch.testing.assert_close(output, client.module(own, **lora), atol=1e-5, rtol=1e-5)
+        assert client.transport.uploaded == size(lora) + lora["lora_b"].nbytes + 2 * sum(own.nbytes for own in data)
         assert client.transport.errors == []
 
 
@@ -562,7 +571,7 @@ def test_a_server_that_will_not_be_referred_to_at_all_gets_plain_requests() -> N
             return getattr(self.handler, name)
 
         def open(self, peer: str, method: str, uid: str, header: Any) -> Any:
-            if header.held is not None or header.keep:
+            if header.held or header.hold or header.keep:
                 self.refused += 1
                 raise TensorNotHeld("it is not here")
             return self.handler.open(peer, method, uid, header)

@@ -258,7 +258,7 @@ def test_an_adapter_that_was_sent_before_need_not_be_sent_again() -> None:
     lora = adapter()
     with lora_server() as server:
         twin = local_twin(server.backends["lora.0"].module)
-        send(server, FORWARD, [x(), *lora], lora_header(held={}))
+        send(server, FORWARD, [x(), *lora], lora_header(hold=(1, 2)))
         keys = {1: digest(lora[0]), 2: digest(lora[1])}
         data, grad = x(), x()
         mine = leaves(data, *lora)
@@ -282,16 +282,27 @@ def test_inputs_of_a_forward_are_kept_for_one_backward() -> None:
         present = (*LORA, "mask")
         keeping = RequestHeader(present=present, keep=True, request_id=request_id)
         send(server, FORWARD, [data, *lora, mask], keeping)
-        assert len(server.handler.held_inputs) == 1  # not the mask, which is small, and not the adapter
-        referring = RequestHeader(present=present, request_id=new_request_id(), held={0: request_id})
-        got = send(server, BACKWARD, [*lora, mask, grad], referring).tensors
+        assert len(server.handler.held_inputs) == 3  # not the mask, which is small
+        keys = dict.fromkeys(range(3), request_id)
+        referring = RequestHeader(present=present, request_id=new_request_id(), held=keys)
+        got = send(server, BACKWARD, [mask, grad], referring).tensors
         mine = leaves(data, *lora)
         twin(mine[0], lora_a=mine[1], lora_b=mine[2], mask=mask).backward(grad)
         for gradient, leaf in zip(got, mine, strict=True):
             close(gradient, leaf.grad)
         assert server.handler.held_inputs.bytes == 0
         with pytest.raises(TensorNotHeld, match=r"args\[0\] is not held"):
-            send(server, BACKWARD, [*lora, mask, grad], referring)
+            send(server, BACKWARD, [mask, grad], referring)
+
+
+def test_a_backward_may_refer_to_some_of_the_inputs_and_lets_go_of_all() -> None:
+    data, lora, request_id = x(32, 8), adapter(), new_request_id()
+    with lora_server() as server:
+        send(server, FORWARD, [data, *lora], lora_header(hold=(1,), keep=True, request_id=request_id))
+        assert (len(server.handler.held_globals), len(server.handler.held_inputs)) == (1, 3)
+        keys = {0: request_id, 1: digest(lora[0])}
+        send(server, BACKWARD, [lora[1], data], lora_header(held=keys, request_id=new_request_id()))
+        assert (len(server.handler.held_globals), len(server.handler.held_inputs)) == (1, 0)
 
 
 def test_a_backward_that_fails_leaves_the_inputs_for_another_try() -> None:
@@ -303,7 +314,7 @@ def test_a_backward_that_fails_leaves_the_inputs_for_another_try() -> None:
             send(server, BACKWARD, [grad[:3]], backward)
         (got,) = send(server, BACKWARD, [grad], backward).tensors
         assert got.shape == data.shape
-        (repeated,) = send(server, BACKWARD, [data, grad], changed(backward, held=None)).tensors
+        (repeated,) = send(server, BACKWARD, [data, grad], changed(backward, held={})).tensors
         assert torch.equal(got, repeated)
         assert server.backends["lora.0"].updates == 1
 
@@ -321,9 +332,10 @@ def test_only_those_who_ask_have_their_tensors_held() -> None:
         send(server, FORWARD, [data, *lora], lora_header(keep=True))  # under no name
         send(server, BACKWARD, [data, *lora, data], lora_header(keep=True, request_id=new_request_id()))
         assert (len(server.handler.held_globals), len(server.handler.held_inputs)) == (0, 0)
-        send(server, FORWARD, [data, *adapter(2)], lora_header(held={}))  # too small
+        send(server, FORWARD, [data, *adapter(2)], lora_header(hold=(1, 2)))  # too small
+        send(server, FORWARD, [data, *lora], lora_header(hold=(0, 3, 4095)))  # not global, or not there
         assert len(server.handler.held_globals) == 0
-        send(server, BACKWARD, [data, *lora, data], lora_header(held={}, request_id=new_request_id()))
+        send(server, BACKWARD, [data, *lora, data], lora_header(hold=(1, 2), request_id=new_request_id()))
         assert server.handler.held_globals.bytes == sum(t.nbytes for t in lora)
 
 
@@ -331,7 +343,7 @@ def test_a_server_without_room_says_that_it_holds_nothing() -> None:
     with lora_server(HandlerConfig(held_max_bytes=0)) as server:
         assert set(FEATURES) - set(server.handler.describe("lora.0").features) == {"held_tensors"}
         data, lora = x(32, 8), adapter()
-        send(server, FORWARD, [data, *lora], lora_header(held={}, keep=True, request_id=new_request_id()))
+        send(server, FORWARD, [data, *lora], lora_header(hold=(1, 2), keep=True, request_id=new_request_id()))
         assert server.handler.held_globals.bytes == server.handler.held_inputs.bytes == 0
     with lora_server() as server:
         assert set(server.handler.describe("lora.0").features) == set(FEATURES)
@@ -340,7 +352,7 @@ def test_a_server_without_room_says_that_it_holds_nothing() -> None:
 def test_what_is_held_is_bounded_by_the_settings() -> None:
     lora = adapter()
     with lora_server(HandlerConfig(held_max_bytes_per_peer=lora[0].nbytes)) as server:
-        send(server, FORWARD, [x(), *lora], lora_header(held={}))
+        send(server, FORWARD, [x(), *lora], lora_header(hold=(1, 2)))
         assert server.handler.held_globals.bytes == lora[0].nbytes
         with pytest.raises(TensorNotHeld, match=r"kwargs\['lora_a'\] is not held"):
             send(server, FORWARD, [x(), lora[1]], lora_header(held={1: digest(lora[0])}))
@@ -349,7 +361,7 @@ def test_what_is_held_is_bounded_by_the_settings() -> None:
 
 def test_tensors_that_nobody_uses_are_dropped_although_no_request_comes() -> None:
     with lora_server(HandlerConfig(held_window_s=0.2)) as server:
-        header = lora_header(held={}, keep=True, request_id=new_request_id())
+        header = lora_header(hold=(1, 2), keep=True, request_id=new_request_id())
         send(server, FORWARD, [x(32, 8), *adapter()], header)
         assert server.handler.held_inputs.bytes > 0
         deadline = time.monotonic() + WAIT_S
@@ -362,7 +374,7 @@ def test_a_request_that_is_running_keeps_what_it_refers_to() -> None:
     lora, data = adapter(), x()
     with lora_server() as server:
         expected = local_twin(server.backends["lora.0"].module)(data, lora_a=lora[0], lora_b=lora[1])
-        send(server, FORWARD, [data, *lora], lora_header(held={}))
+        send(server, FORWARD, [data, *lora], lora_header(hold=(1, 2)))
         transport = MemoryTransport({"server": server.handler})
         header = lora_header(held={1: digest(lora[0]), 2: digest(lora[1])})
         with server.paused():
@@ -380,7 +392,7 @@ def test_bytes_of_a_reference_count_as_if_they_had_been_sent() -> None:
     config = HandlerConfig(max_request_bytes=size + 2000, max_inflight_bytes=2 * size)
     header = lora_header(held={1: digest(lora[0]), 2: digest(lora[1])})
     with lora_server(config) as server:
-        send(server, FORWARD, [x(), *lora], lora_header(held={}))
+        send(server, FORWARD, [x(), *lora], lora_header(hold=(1, 2)))
         with pytest.raises(SchemaError, match="exceeds"):
             send(server, FORWARD, [x(32, 8)], header)
         with Opened(server, header), pytest.raises(Overloaded, match="in flight"):
@@ -408,7 +420,7 @@ class Opened:
 def test_calls_that_refer_share_a_lane_with_calls_that_send() -> None:
     lora, module = adapter(), seeded(LoraExpert)
     with lora_server(module=module) as server:
-        send(server, FORWARD, [x(), *lora], lora_header(held={}))
+        send(server, FORWARD, [x(), *lora], lora_header(hold=(1, 2)))
         launches, data = module.launches, [x(), x(3)]
         requests = [
             ([data[0]], lora_header(held={1: digest(lora[0]), 2: digest(lora[1])}), "client"),
@@ -442,7 +454,7 @@ def test_chains_refer_too() -> None:
         for backend in backends.values():
             expected = local_twin(backend.module)(expected, lora_a=mine[1], lora_b=mine[2])
         expected.backward(grad)
-        keeping = RequestHeader(chain=chain, held={}, keep=True, request_id=request_id)
+        keeping = RequestHeader(chain=chain, hold=(1, 2), keep=True, request_id=request_id)
         close(send(server, FORWARD, [data, *lora], keeping, uid).tensors[0], expected)
         close(send(server, FORWARD, [data], RequestHeader(chain=chain, held=keys), uid).tensors[0], expected)
         ids = tuple(BlockInputs(present=LORA, tensors=(1, 2), request_id=new_request_id()) for _ in backends)
@@ -463,7 +475,7 @@ def test_a_reference_has_to_fit_every_block_that_takes_it() -> None:
     lora = adapter()
     inputs = BlockInputs(present=LORA, tensors=(1, 2))
     with MemoryServer(backends) as server:
-        send(server, FORWARD, [x(), *lora], lora_header(held={}), "wide.0")
+        send(server, FORWARD, [x(), *lora], lora_header(hold=(1, 2)), "wide.0")
         header = RequestHeader(chain=(inputs, inputs), held={1: digest(lora[0]), 2: digest(lora[1])})
         with pytest.raises(SchemaError, match=r"narrow.0: kwargs\['lora_a'\]: expected float32\(6, 2\)"):
             send(server, FORWARD, [x()], header, join_chain(["wide.0", "narrow.0"]))
@@ -477,7 +489,7 @@ BAD_REFERENCES: dict[str, tuple[dict[int, bytes], int, type[MoEError], str]] = {
     "a digest of nothing": ({1: bytes(32)}, 2, TensorNotHeld, r"kwargs\['lora_a'\] is not held"),
     "a request id of nothing": ({0: bytes(16)}, 2, TensorNotHeld, r"args\[0\] is not held"),
     "the digest of a global for a batched tensor": ({0: digest(KEPT)}, 2, SchemaError, "a key of 32 bytes"),
-    "a request id for a global tensor": ({1: HELD_ID}, 2, SchemaError, "a key of 16 bytes"),
+    "an id of another forward": ({2: b"o" * 16}, 2, TensorNotHeld, r"kwargs\['lora_b'\] is not held"),
     "a key of another length": ({1: digest(KEPT)[:20]}, 2, SchemaError, "a key of 20 bytes"),
     "another shape": ({2: digest(KEPT)}, 2, SchemaError, r"kwargs\['lora_b'\]: expected float32\(any, 6\), got"),
     "a position after the inputs": ({3: digest(KEPT)}, 2, SchemaError, "position 3 is none of the 3 inputs"),
@@ -492,8 +504,9 @@ def test_a_bad_reference_is_refused(name: str) -> None:
     keys, count, error, message = BAD_REFERENCES[name]
     method = BACKWARD if "after the inputs" in name else FORWARD
     with lora_server() as server:
-        header = lora_header(held={}, keep=True, request_id=HELD_ID)
+        header = lora_header(hold=(1, 2), keep=True, request_id=HELD_ID)
         send(server, FORWARD, [x(32, 8), KEPT, SECOND], header)
+        assert (len(server.handler.held_globals), len(server.handler.held_inputs)) == (2, 3)
         before = server.handler.held_globals.bytes, server.handler.held_inputs.bytes
         sent = {"another number of rows": [KEPT, SECOND], "another shape": [x(), KEPT]}.get(
             name, [x(), KEPT, SECOND][:count]
@@ -512,7 +525,7 @@ def test_a_bad_reference_is_refused(name: str) -> None:
 
 def test_keys_of_another_peer_find_nothing() -> None:
     with lora_server() as server:
-        header = lora_header(held={}, keep=True, request_id=HELD_ID)
+        header = lora_header(hold=(1, 2), keep=True, request_id=HELD_ID)
         send(server, FORWARD, [x(32, 8), KEPT, SECOND], header)
         with pytest.raises(TensorNotHeld, match="lora_a"):
             send(server, FORWARD, [x(), SECOND], lora_header(held={1: digest(KEPT)}), caller="thief")
@@ -589,9 +602,10 @@ def writer_server(*uids: str, **options: Any) -> MemoryServer:
 
 
 def start(server: MemoryServer, uid: str, tensors: Sequence[torch.Tensor], held: dict[int, bytes]) -> Any:
-    """A request of which the answer is waited for later."""
+    """A request of which the answer is waited for later; globals that it sends are to be held."""
     transport = MemoryTransport({server.name: server.handler})
-    call = make_call(FORWARD, uid, tensors, RequestHeader(held=held))
+    hold = tuple(position for position in (1, 2) if position not in held)
+    call = make_call(FORWARD, uid, tensors, RequestHeader(held=held, hold=hold))
     pending = server.pending
     answer = client_loop().submit(transport.call(server.peer, call, timeout_s=WAIT_S))
     server.wait_pending(pending + 1)
@@ -600,7 +614,9 @@ def start(server: MemoryServer, uid: str, tensors: Sequence[torch.Tensor], held:
 
 def test_what_an_expert_has_written_to_is_not_held_any_more() -> None:
     with writer_server("w.0") as server:
-        (output,) = send(server, FORWARD, [torch.zeros(2, WIDE), SCALE, SHIFT], RequestHeader(held={}), "w.0").tensors
+        (output,) = send(
+            server, FORWARD, [torch.zeros(2, WIDE), SCALE, SHIFT], RequestHeader(hold=(1, 2)), "w.0"
+        ).tensors
         assert output.eq(1).all()
         only_shift = RequestHeader(held={2: digest(SHIFT)})
         assert send(server, FORWARD, [torch.zeros(2, WIDE), SCALE], only_shift, "w.0").tensors[0].eq(1).all()
@@ -646,7 +662,7 @@ def test_nor_does_another_lane_of_the_same_batch() -> None:
 def test_blocks_of_a_chain_do_not_share_what_one_of_them_has_written() -> None:
     inputs = BlockInputs(tensors=(1, 2))
     with writer_server("w.0", "w.1") as server:
-        header = RequestHeader(chain=(inputs, inputs), held={})
+        header = RequestHeader(chain=(inputs, inputs), hold=(1, 2))
         with pytest.raises(TensorNotHeld, match="w.1: an expert has written to a tensor"):
             send(server, FORWARD, [torch.zeros(1, WIDE), SCALE, SHIFT], header, join_chain(["w.0", "w.1"]))
 
