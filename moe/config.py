@@ -7,7 +7,7 @@ not measured, its comment says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,6 +71,8 @@ class ClientConfig:
     :param allowed_servers: peer ids, base58, of the only servers RemoteSequential may use; None: all
     :param blocked_servers: peer ids, base58, of servers it must not use
     :param show_route: log each route that RemoteSequential takes
+    :param request_metadata: called with (peer id, "forward" or "backward", uids of the request) for each request; the server
+        gives what it returns (names and plain values, 4 KiB at most) to its ``authorize``. Stock servers get nothing
     """
 
     connect_timeout_s: float | None = 5.0
@@ -89,6 +91,7 @@ class ClientConfig:
     allowed_servers: tuple[str, ...] | None = None
     blocked_servers: tuple[str, ...] | None = None
     show_route: bool = False
+    request_metadata: Callable[[str, str, tuple[str, ...]], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:

@@ -139,7 +139,7 @@ def test_a_schema_survives_the_wire(schema: ExpertSchema) -> None:
 
 @quick
 @given(calls())
-def test_a_fitting_call_is_flattened_and_put_together_again(call: RandomCall) -> None:
+def test_g8_a_fitting_call_is_flattened_and_put_together_again(call: RandomCall) -> None:
     present, tensors = call.schema.bind(call.args, call.kwargs)
     assert present == call.present
     entries = call.schema.input_entries(present)

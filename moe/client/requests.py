@@ -23,7 +23,15 @@ from moe.errors import NonFiniteError, ProtocolError, SchemaError
 from moe.expert_uid import PeerIDLike, join_chain
 from moe.schema import Entry, count_rows, select_rows, validate
 from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
-from moe.wire.messages import HELD_TENSORS, REQUEST_ID_BYTES, BlockInputs, ExpertDescription, RequestHeader
+from moe.wire.messages import (
+    HELD_TENSORS,
+    REQUEST_ID_BYTES,
+    BlockInputs,
+    ExpertDescription,
+    Metadata,
+    RequestHeader,
+    check_metadata,
+)
 
 T = TypeVar("T")
 Gradients = list["torch.Tensor | None"]
@@ -75,6 +83,7 @@ def make_header(
     timeout_s: float | None,
     wants_grad: tuple[bool, ...] | None = None,
     request_ids: Sequence[bytes] | None = None,
+    metadata: Metadata | None = None,
 ) -> RequestHeader | None:
     """What the server is told besides the tensors; None for a stock server.
 
@@ -83,15 +92,20 @@ def make_header(
     if not native:
         return None
     ids: Sequence[bytes | None] = request_ids or [None] * len(chain)
+    metadata = metadata or {}
     if len(chain) == 1:
         return RequestHeader(
-            present=chain.blocks[0].present, wants_grad=wants_grad, request_id=ids[0], time_left_s=timeout_s
+            present=chain.blocks[0].present,
+            wants_grad=wants_grad,
+            request_id=ids[0],
+            time_left_s=timeout_s,
+            metadata=metadata,
         )
     blocks = tuple(
         BlockInputs(present=block.present, tensors=block.kwargs, request_id=request_id)
         for block, request_id in zip(chain.blocks, ids)
     )
-    return RequestHeader(chain=blocks, wants_grad=wants_grad, time_left_s=timeout_s)
+    return RequestHeader(chain=blocks, wants_grad=wants_grad, time_left_s=timeout_s, metadata=metadata)
 
 
 def part_of_request_id(request_id: bytes, *parts: int) -> bytes:
@@ -131,7 +145,7 @@ class Request:
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
         outputs = self.chain.output_entries
-        header = make_header(self.chain, terms.native, timeout_s)
+        header = make_header(self.chain, terms.native, timeout_s, metadata=self._metadata(peer, FORWARD))
         codecs = [entry.proto.compression for entry in self.chain.entries]
         reply_bytes = _expected_bytes(outputs, rows, tensors, terms.native)
         call = Call(FORWARD, self.uid, header, tensors, codecs, reply_bytes)
@@ -164,13 +178,24 @@ class Request:
         if not terms.native:  # stock hivemind wants a gradient for every output, integer ones included
             grad_entries = self.chain.output_entries
             grad_outputs = _stock_gradients(grad_entries, grad_outputs, _rows(entries, inputs))
-        header = make_header(self.chain, terms.native, timeout_s, wants, request_ids)
+        metadata = self._metadata(peer, BACKWARD)
+        header = make_header(self.chain, terms.native, timeout_s, wants, request_ids, metadata)
         codecs = [entry.proto.compression for entry in (*entries, *grad_entries)]
         tensors = [*inputs, *grad_outputs]
         reply_bytes = sum(t.nbytes for t, wanted in zip(inputs, wants) if wanted or not terms.native)
         call = Call(BACKWARD, self.uid, header, tensors, codecs, reply_bytes)
         reply = await self._send(peer, terms, call, kept, timeout_s)
         return self._gradients(inputs, wants, reply, peer)
+
+    def _metadata(self, peer: PeerIDLike, method: str) -> Metadata:
+        """What the caller's policy tells this server.
+
+        :raises ConfigError: something that cannot be sent
+        """
+        tell = self.config.request_metadata
+        if tell is None:
+            return {}
+        return check_metadata(tell(peer.to_base58(), method, tuple(block.uid for block in self.chain.blocks)))
 
     async def _send(
         self, peer: PeerIDLike, terms: Terms, call: Call, kept: Kept | None, timeout_s: float | None

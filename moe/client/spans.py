@@ -36,6 +36,7 @@ from moe.transport.base import Budget, ExpertTransport, within
 from moe.wire.messages import (
     MAX_CHAIN_BLOCKS,
     MAX_HEADER_BYTES,
+    MAX_METADATA_BYTES,
     REQUEST_ID_BYTES,
     ExpertDescription,
     encode_header,
@@ -303,7 +304,7 @@ def _fits(call: BoundCall, span: Span, terms: Terms) -> bool:
     every = (True,) * len(chain.users)
     header = make_header(chain, True, 1.0, every, [bytes(REQUEST_ID_BYTES)] * len(chain))
     assert header is not None
-    if len(encode_header(header)) > MAX_HEADER_BYTES:
+    if len(encode_header(header)) > MAX_HEADER_BYTES - MAX_METADATA_BYTES:
         return False
     kwargs = chain.entries[chain.args :]
     half = replace(terms, max_bytes=terms.max_bytes // 2)  # the rest is for args and gradients

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import math
 import time
 import weakref
@@ -50,7 +51,7 @@ from moe.wire.messages import (
 from moe.wire.tensors import max_encoded_bytes
 
 T = TypeVar("T")
-Authorizer = Callable[[str, str, str], bool]
+Authorizer = Callable[..., bool]
 
 _HASH_IN_THREAD_BYTES = 2**20  # globals larger than this are digested off the event loop; ours, about 1 ms
 
@@ -67,7 +68,8 @@ class ConnectionHandler:
 
     :param backends: experts by uid; more may come and some go later: ``host``, ``drop``
     :param config: what is accepted
-    :param authorize: called with (peer id, method, uid); False refuses the request before any of its tensors is read
+    :param authorize: called with (peer id, method, uid), and, if it takes a fourth argument, what the caller's
+        ``request_metadata`` has told; False refuses the request before any of its tensors is read
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ConnectionHandler:
         authorize: Authorizer | None = None,
     ):
         self.backends, self.config, self.authorize = dict(backends), config or HandlerConfig(), authorize
+        self._tell_metadata = authorize is not None and _takes(authorize, 4)
         self.inflight_bytes = 0
         self.requests = 0
         self._opened: Counter[str] = Counter()  # requests by uid, so far and now
@@ -97,6 +100,12 @@ class ConnectionHandler:
         """Longest silence while a request is being received."""
         return self.config.read_timeout_s
 
+    def _allows(self, peer: str, method: str, uid: str, header: RequestHeader | None) -> bool:
+        if self.authorize is None:
+            return True
+        told = (dict(header.metadata) if header is not None else {},) if self._tell_metadata else ()
+        return self.authorize(peer, method, uid, *told)
+
     def describe(self, uid: str) -> ExpertDescription:
         """See ExpertService."""
         description = self._backend(uid).describe(self.config.max_request_bytes)
@@ -112,7 +121,7 @@ class ConnectionHandler:
         uids = [uid] if header is None or header.chain is None else split_chain(uid)
         backends = [self._backend(name) for name in uids]
         for name in dict.fromkeys(uids):
-            if self.authorize is not None and not self.authorize(peer, method, name):
+            if not self._allows(peer, method, name, header):
                 raise Refused(f"this peer is not allowed to call {method}", uid=name)
         self.requests += 1
         admission = RequestAdmission(self, backends, peer, method, header, time.monotonic())
@@ -491,3 +500,12 @@ async def _maybe_in_thread(hashed_bytes: int, func: Callable[..., T], *args: Any
 def own_memory(tensors: Sequence[torch.Tensor | None]) -> TaskResult:
     """Copies of those that are rows of a batch and would keep the whole batch in memory; the others as they are."""
     return [t.clone() if t is not None and t.untyped_storage().nbytes() > t.nbytes else t for t in tensors]
+
+
+def _takes(function: Callable[..., object], count: int) -> bool:
+    """Can it be called with so many positional arguments? ``authorize`` took three before there was metadata."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except (TypeError, ValueError):  # too few of them; or one whose signature cannot be known
+        return False
+    return True

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from moe.errors import MoEError, ProtocolError, Refused, error_from_wire
+from moe.errors import ConfigError, MoEError, ProtocolError, Refused, error_from_wire
 from moe.schema import DIGEST_BYTES, ExpertSchema
 
 PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 1
@@ -33,6 +33,9 @@ RequestId = Annotated[bytes, msgspec.Meta(min_length=REQUEST_ID_BYTES, max_lengt
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Position = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
 HeldKey = Annotated[bytes, msgspec.Meta(min_length=REQUEST_ID_BYTES, max_length=DIGEST_BYTES)]
+
+Metadata = Annotated[dict[Name, str | int | float | bool | None], msgspec.Meta(max_length=64)]
+MAX_METADATA_BYTES = 4096  # encoded; ours
 
 
 class BlockInputs(msgspec.Struct, kw_only=True, frozen=True):
@@ -63,6 +66,7 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
         one, or the request id of the forward that an input came with
     :ivar hold: positions of global tensors that the server shall hold by their digests
     :ivar keep: forward only: hold all inputs that are sent under ``request_id``, for the backward that follows
+    :ivar metadata: whatever caller and server have agreed on; given to the server's ``authorize``
     """
 
     major: int = PROTOCOL_MAJOR
@@ -76,6 +80,7 @@ class RequestHeader(msgspec.Struct, kw_only=True, frozen=True):
     held: Annotated[dict[Position, HeldKey], msgspec.Meta(max_length=MAX_HELD)] = {}
     hold: Annotated[tuple[Position, ...], msgspec.Meta(max_length=MAX_HELD)] = ()
     keep: bool = False
+    metadata: Metadata = {}
 
 
 class WireError(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
@@ -140,6 +145,21 @@ _request_decoder = msgspec.msgpack.Decoder(RequestHeader)
 _reply_decoder = msgspec.msgpack.Decoder(ReplyHeader)
 _description_decoder = msgspec.msgpack.Decoder(ExpertDescription)
 _encoder = msgspec.msgpack.Encoder()
+
+
+def check_metadata(metadata: Any) -> Metadata:
+    """What a caller tells servers besides, if it can be sent.
+
+    :raises ConfigError: it is no mapping of names to plain values, or too large
+    """
+    try:
+        checked: Metadata = msgspec.convert(dict(metadata), Metadata)
+        size = len(_encoder.encode(checked))
+    except (TypeError, ValueError, OverflowError) as e:
+        raise ConfigError(f"request_metadata: expected names with str, int, float, bool or None: {e}") from None
+    if size > MAX_METADATA_BYTES:
+        raise ConfigError(f"request_metadata: {size} bytes, at most {MAX_METADATA_BYTES} can be sent")
+    return checked
 
 
 def new_request_id() -> bytes:

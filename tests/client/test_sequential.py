@@ -27,10 +27,12 @@ from moe.config import ClientConfig
 from moe.errors import ConfigError, MissingBlocks, MoEError, NonFiniteError, SchemaError
 from moe.expert_uid import ExpertInfo
 from moe.schema import BatchTensorProto, TensorProto
+from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.transport.base import Budget
 from moe.transport.event_loop import client_loop
 from moe.transport.memory import MemoryPeer
+from moe.wire.messages import RequestHeader
 from tests.client.sequence_swarm import PROMPT_LENGTH, SequenceSwarm, sequence_swarm
 from tests.experts import HIDDEN, parameters_of, unchanged
 
@@ -741,3 +743,36 @@ def test_many_threads_call_it_at_once(swarm: SequenceSwarm) -> None:
     seq, inputs = swarm.sequence(max_tokens_per_request=4), [torch.randn(3, 2, HIDDEN) for _ in range(8)]
     for outcome, h in zip(in_parallel([functools.partial(seq, h) for h in inputs]), inputs):
         torch.testing.assert_close(outcome, swarm.run_locally(h), atol=1e-5, rtol=1e-5)
+
+
+def test_g7_servers_are_told_what_a_policy_says_of_each_request(
+    swarm: SequenceSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str, Mapping[str, Any]]] = []
+    open_request = ConnectionHandler.open
+
+    def record(self: ConnectionHandler, peer: str, method: str, uid: str, header: RequestHeader | None) -> Any:
+        assert header is not None
+        told.append((method, uid, header.metadata))
+        return open_request(self, peer, method, uid, header)
+
+    monkeypatch.setattr(ConnectionHandler, "open", record)
+
+    def policy(peer: str, method: str, uids: tuple[str, ...]) -> dict[str, Any]:
+        return {"points": 1.5, "blocks": len(uids), "what": method}
+
+    x = leaf(2, 3, HIDDEN)
+    swarm.sequence(request_metadata=policy)(x).sum().backward()
+    sizes = [len(uid.split()) for _, uid, _ in told]
+    assert [told[0][0], told[-1][0]] == ["forward", "backward"]
+    assert sizes == [2, 1, 1, 2]
+    assert [metadata for *_, metadata in told] == [
+        {"points": 1.5, "blocks": size, "what": method} for size, (method, *_) in zip(sizes, told)
+    ]
+
+
+@pytest.mark.parametrize("metadata", [{"a": [1]}, {1: "a"}, {"a": "x" * 5000}, 7], ids=repr)
+def test_g7_what_cannot_be_told_is_refused_before_sending(swarm: SequenceSwarm, metadata: Any) -> None:
+    with pytest.raises(ConfigError, match="request_metadata"):
+        swarm.sequence(request_metadata=lambda *_: metadata)(leaf(2, 3, HIDDEN))
+    assert not swarm.calls

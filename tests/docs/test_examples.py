@@ -52,7 +52,7 @@ def test_custom_expert_is_short() -> None:
     assert len(core.strip().splitlines()) < 30
 
 
-def test_train_lora() -> None:
+def test_t8_train_lora() -> None:
     printed = run_example("train_lora.py", "--steps", "60")
     assert "bit-identical after 60 backward calls" in printed
     before, after = (float(number) for number in re.findall(r"loss fell from (\S+) to (\S+)", printed)[0])
@@ -73,7 +73,7 @@ def test_finetune_lora(tmp_path: Path) -> None:
     assert len(load_peft(tmp_path / "adapter", 6)()) == 6
 
 
-def test_switch_from_hivemind() -> None:
+def test_t8_switch_from_hivemind() -> None:
     printed = run_example("switch_from_hivemind.py")
     assert "two experts in a row: outputs (3, 64)" in printed
     losses = [float(loss) for loss in re.findall(r"mixture, step \d: loss (\S+)", printed)]

@@ -48,7 +48,7 @@ def swarm() -> Iterator[LocalSwarm]:
 
 
 @pytest.mark.parametrize("document", WITH_PYTHON, ids=name_of)
-def test_python_blocks_run(document: Path, swarm: LocalSwarm, tmp_path: Path) -> None:
+def test_s2_t8_python_blocks_of_the_documentation_run(document: Path, swarm: LocalSwarm, tmp_path: Path) -> None:
     program = tmp_path / document.with_suffix(".py").name
     program.write_text(ADDRESS.sub(swarm.initial_peers[0], program_of(document)), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

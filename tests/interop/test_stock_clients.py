@@ -102,7 +102,7 @@ def test_nested_inputs_and_integer_outputs(stock: StockPeer, our_server: Server)
     assert actual["outputs"][1].dtype == torch.int64
 
 
-def test_optional_globals_are_left_out(stock: StockPeer, our_server: Server) -> None:
+def test_s8_optional_globals_are_left_out_for_stock_clients(stock: StockPeer, our_server: Server) -> None:
     assert stock.ask("keyword_names", "our_optional_globals.0") == []
     train(stock, our_server.expert_backends["our_optional_globals.0"], (torch.randn(4, HIDDEN),), {})
 

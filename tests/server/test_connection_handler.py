@@ -174,6 +174,21 @@ def test_a_peer_that_may_not_call_is_refused_before_its_tensors_are_looked_at() 
     assert repr(handler) == "ConnectionHandler(1 experts, 0 bytes in flight)"
 
 
+def test_who_asks_for_a_fourth_argument_is_given_what_the_caller_has_told() -> None:
+    told: list[dict[str, Any]] = []
+
+    def authorize(peer: str, method: str, uid: str, metadata: dict[str, Any]) -> bool:
+        told.append(metadata)
+        return metadata.get("token") == "secret"
+
+    handler = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))}, authorize=authorize)
+    assert handler.open("alice", FORWARD, "lora.0", RequestHeader(metadata={"token": "secret"}))
+    for header in (RequestHeader(metadata={"token": "guess"}), RequestHeader(), None):
+        with pytest.raises(Refused, match="not allowed"):
+            handler.open("mallory", FORWARD, "lora.0", header)
+    assert told == [{"token": "secret"}, {"token": "guess"}, {}, {}]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_metadata_is_a_header_or_a_typed_error(metadata: bytes) -> None:

@@ -253,7 +253,7 @@ def test_batches_can_be_run_without_pools() -> None:
         backend.backward(x, grad[:2])
 
 
-def test_an_optional_kwarg_that_is_absent_is_not_passed_at_all() -> None:
+def test_g10_g19_an_optional_kwarg_that_is_absent_is_not_passed_at_all() -> None:
     module = Recorder(lambda x, **kwargs: x)
     backend = ExpertBackend(
         "e.0", module, args_schema=(B(2),), kwargs_schema={"a": B(), "b": B()}, optional_kwargs=("b", "a")

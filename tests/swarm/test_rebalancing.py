@@ -149,7 +149,7 @@ def test_two_servers_that_both_may_move(dht: DHT) -> None:
         del sequence
 
 
-def test_experts_come_and_go_while_others_are_called(dht: DHT) -> None:
+def test_s5_experts_come_and_go_while_others_are_called(dht: DHT) -> None:
     with serving(dht, make_block(0), config=settings()) as server, callers(dht, ["block.0"]) as calls:
         for _ in range(2):
             server.add_backends(SOURCE.make_all([5]))
