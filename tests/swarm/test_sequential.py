@@ -16,12 +16,12 @@ import psutil
 import pytest
 import torch
 
-from moe.client.expert import transport_of
+from moe.client.expert import RemoteExpert, transport_of
 from moe.client.sequence_manager import SequenceManager
 from moe.client.sequential import RemoteSequential
 from moe.config import ClientConfig
 from moe.dht import DHT, find_servers
-from moe.expert_uid import PeerIDLike
+from moe.expert_uid import ExpertInfo, PeerIDLike
 from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
 from moe.wire.messages import ExpertDescription
 from tests.client.sequence_swarm import PROMPT_LENGTH, Block, FixedRouter
@@ -63,7 +63,12 @@ def hosts_of(dht: DHT, *hosted: list[dict[str, Any]], **spec: Any) -> Iterator[l
 @pytest.fixture(scope="module")
 def hosts(dht: DHT) -> Iterator[list[Host]]:
     """Two servers of all blocks, one of the first two, two of the last. The tests kill, in this order, all but two."""
-    with hosts_of(dht, experts(0, 1, 2), experts(0, 1, 2), experts(0, 1), experts(2), experts(2)) as made:
+    hosted = [[0, 1, 2], [0, 1, 2], [0, 1], [2], [2]]
+    with hosts_of(dht, *(experts(*indices) for indices in hosted)) as made:
+        for host, indices in zip(
+            made, hosted
+        ):  # links to all of them, so that no test is said to have left those behind
+            RemoteExpert(ExpertInfo(UIDS[indices[0]], host.peer_id), dht)(torch.zeros(1, 1, HIDDEN))
         yield made
 
 
