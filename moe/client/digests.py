@@ -75,16 +75,21 @@ class Digests:
     def of(self, tensor: torch.Tensor, codec: int = Compression.NONE) -> bytes:
         """The digest, computed if it is not known."""
         seen = self.look(tensor, codec)
-        if seen.digest is not None:
-            return seen.digest
+        return seen.digest or self.compute(tensor, codec, seen.mark)
+
+    def compute(self, tensor: torch.Tensor, codec: int, mark: Hashable) -> bytes:
+        """The digest, computed.
+
+        :param mark: from a look at it
+        """
         self.computed += 1
         arriving = tensor if codec == Compression.NONE else decode_tensor(encode_tensor(tensor, codec))
         computed = digest(arriving)
-        if tensor.is_contiguous() and not tensor.is_inference() and _mark(tensor, codec) == seen.mark:
+        if tensor.is_contiguous() and not tensor.is_inference() and _mark(tensor, codec) == mark:
             memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             place = _place(tensor, codec)
             with self._lock:
-                self._known[place] = _Known(memory, seen.mark, computed)
+                self._known[place] = _Known(memory, mark, computed)
                 self._known.move_to_end(place)
                 while len(self._known) > self._max_known:
                     self._known.popitem(last=False)

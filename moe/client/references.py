@@ -16,7 +16,7 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -24,7 +24,7 @@ from moe.client.digests import Contents, Digests
 from moe.errors import ConnectError, PeerGone, TensorNotHeld
 from moe.expert_uid import PeerIDLike
 from moe.schema import Entry
-from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
+from moe.transport.base import FORWARD, Call, ExpertTransport, Reply
 from moe.wire.messages import MAX_HEADER_BYTES, MAX_HELD, MIN_HELD_BYTES, encode_header, new_request_id
 
 KEEP_FROM_BYTES = 2**20  # inputs that are smaller, together, are sent again as fast over a Unix socket; decision 0009
@@ -104,6 +104,33 @@ class Pauses:
         return count > 1 and now < at + min(2.0 ** (count - 1), _MAX_PAUSE_S)
 
 
+@dataclass
+class _Hopes:
+    """What one call tries, less after each miss.
+
+    :ivar shared: positions of global tensors that the server may hold, or shall
+    :ivar by_id: request ids under which it keeps inputs, by position
+    :ivar keep: it shall keep the inputs
+    """
+
+    shared: Sequence[int] = ()
+    by_id: Mapping[int, bytes] = field(default_factory=dict)
+    keep: bool = False
+    missed: bool = False
+
+    def lower(self, *, referred: bool) -> None:
+        """After a miss: first without what was kept, then all tensors, at last as if nothing were ever held.
+
+        :param referred: it was by digest
+        """
+        if self.by_id:
+            self.by_id = {}
+        elif self.missed or not referred:  # it has something against holding at all
+            self.shared, self.keep = (), False
+        else:
+            self.missed = True
+
+
 class Referring:
     """Calls over one transport, which refer to what servers hold.
 
@@ -149,23 +176,25 @@ class Referring:
         loop, name = asyncio.get_running_loop(), peer.to_base58()
         end = None if timeout_s is None else loop.time() + timeout_s
         large = [i for i, tensor in enumerate(call.tensors[: len(inputs)]) if tensor.nbytes >= MIN_HELD_BYTES]
-        by_id: dict[int, bytes] = {}
-        if call.method == BACKWARD and kept is not None and kept.peer == name:
-            by_id = dict.fromkeys(kept.positions[:MAX_HELD], kept.request_id)
-        may_keep = call.method == FORWARD and kept is not None and not self._inputs.paused(name, loop.time())
-        shared = [] if self._globals.paused(name, loop.time()) else [i for i in large if not inputs[i].proto.batched]
-        missed = False
+        hopes = _Hopes()
+        if not self._globals.paused(name, loop.time()):
+            hopes.shared = [i for i in large if not inputs[i].proto.batched]
+        if call.method == FORWARD:
+            hopes.keep = kept is not None and not self._inputs.paused(name, loop.time())
+        elif kept is not None and kept.peer == name:
+            hopes.by_id = dict.fromkeys(kept.positions[:MAX_HELD], kept.request_id)
         while True:
-            others = [i for i in shared if i not in by_id][: MAX_HELD - len(by_id)]
+            others = [i for i in hopes.shared if i not in hopes.by_id][: MAX_HELD - len(hopes.by_id)]
             contents = await self._contents(name, call, others, end)
+            names = [x for content in contents.values() for x in (content.mark, content.digest) if x is not None]
             by_digest = {
                 i: content.digest
                 for i, content in contents.items()
                 if content.digest is not None and self.sent.has(name, content.mark, content.digest)
             }
-            held = {**by_digest, **by_id}
+            held = {**by_digest, **hopes.by_id}
             hold = [i for i in contents if i not in held]
-            keep = [i for i in large if i not in held] if may_keep else []
+            keep = [i for i in large if i not in held] if hopes.keep else []
             if sum(call.tensors[i].nbytes for i in keep) < KEEP_FROM_BYTES:
                 keep = []
             request = _referring(call, held, hold, bool(keep))
@@ -174,32 +203,27 @@ class Referring:
                 try:
                     left_s = None if end is None else max(0.0, end - loop.time())
                     reply = await transport.call(peer, request, timeout_s=left_s)
+                    break
                 except TensorNotHeld:
                     if request is call:
                         raise
-                    if by_id:
-                        by_id = {}
-                        self._inputs.missed(name, loop.time())
-                    else:
-                        self.sent.forget(name, _names(contents.values()))
-                        self._globals.missed(name, loop.time())
-                        if missed or not by_digest:  # it has something against being referred to at all
-                            shared, may_keep = [], False
-                        missed = True
-                    continue
+                    (self._inputs if hopes.by_id else self._globals).missed(name, loop.time())
+                    if not hopes.by_id:
+                        self.sent.forget(name, names)
+                    hopes.lower(referred=bool(by_digest))
                 except (ConnectError, PeerGone):
                     self.sent.forget(name)
                     raise
-                if request is not call:
-                    self.sent.note(name, _names(contents.values()))
-            if by_digest:
-                self._globals.found(name)
-            if by_id and kept is not None:
-                self._inputs.found(name)
-                kept.peer = ""  # they were kept for one backward
-            if keep and kept is not None and request.header is not None and request.header.request_id is not None:
-                kept.peer, kept.request_id, kept.positions = name, request.header.request_id, tuple(keep)
-            return reply
+        if request is not call:
+            self.sent.note(name, names)
+        if by_digest:
+            self._globals.found(name)
+        if hopes.by_id and kept is not None:
+            self._inputs.found(name)
+            kept.peer = ""  # they were kept for one backward
+        if keep and kept is not None and request.header is not None and request.header.request_id is not None:
+            kept.peer, kept.request_id, kept.positions = name, request.header.request_id, tuple(keep)
+        return reply
 
     # --- contents of global tensors ------------------------------------------------------------------------------------
 
@@ -240,11 +264,11 @@ class Referring:
         """Computed once, however many requests ask for it at the same time."""
         tensor, codec = call.tensors[position], call.codecs[position]
         if tensor.nbytes <= _DIGEST_IN_THREAD_BYTES:
-            return self.digests.of(tensor, codec)
+            return self.digests.compute(tensor, codec, mark)
         computing = self._computing.get(mark)
         if computing is None:
             loop = asyncio.get_running_loop()
-            computing = self._computing[mark] = loop.run_in_executor(None, self.digests.of, tensor, codec)
+            computing = self._computing[mark] = loop.run_in_executor(None, self.digests.compute, tensor, codec, mark)
             computing.add_done_callback(lambda _: self._computing.pop(mark, None))
         return await asyncio.shield(computing)
 
@@ -277,7 +301,3 @@ def _referring(call: Call, held: Mapping[int, bytes], hold: Sequence[int], keep:
         return call
     sent = [i for i in range(len(call.tensors)) if i not in held]
     return replace(call, header=header, tensors=[call.tensors[i] for i in sent], codecs=[call.codecs[i] for i in sent])
-
-
-def _names(contents: Iterable[Contents]) -> list[Hashable]:
-    return [name for content in contents for name in (content.mark, content.digest) if name is not None]
