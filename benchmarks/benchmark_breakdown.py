@@ -38,10 +38,9 @@ def measure(expert_cls: str, rows: int, operation: str, transport: str, rounds: 
         timeout_s = TIMEOUT_S + seconds
         ours = subject.peers[0]
         ours.ask("stamps", timeout_s)  # forget those of before
-        (found,) = subject.ask_clients("traced", timeout_s, load=load, limit=limit, operation=operation)
-        served_stamps = ours.ask("stamps", timeout_s)
-        stamps = {**found, **{name: _of(times, operation) for name, times in served_stamps.items()}}
-        stages = tracing.stages(stamps)
+        (found,) = subject.ask_clients("traced", timeout_s, load=load, limit=limit)
+        stamps = {**found, **ours.ask("stamps", timeout_s)}
+        stages = tracing.stages(tracing.of_backwards(stamps) if backward else stamps)
         return {**stages, "whole call": 1e3 * _median(found["called"], found["returned"])}
 
     subject = served(OURS, server=server, client={"transport": transport}, role="traced server")
@@ -54,11 +53,6 @@ def measure(expert_cls: str, rows: int, operation: str, transport: str, rounds: 
         Case(f"{panel}: {stage}", "ms", False, found.of(stage), settings, panel=panel)
         for stage in ("whole call", *(name for name, _, _ in tracing.STAGES))
     ]
-
-
-def _of(times: Sequence[float], operation: str) -> Sequence[float]:
-    """The server sees a forward before each backward."""
-    return times[1::2] if operation == "backward" else times
 
 
 def _median(begins: Sequence[float], ends: Sequence[float]) -> float:

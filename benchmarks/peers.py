@@ -27,6 +27,7 @@ import psutil
 
 import moe
 from benchmarks.common import BARE, OURS, STOCK, MeasurementFailed
+from moe.cli.run_server import TORCH_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 GUARD = Path(moe.__file__).parent / "testing" / "processes.py"  # run as a script: kills sessions when its stdin ends
@@ -35,7 +36,7 @@ START_ATTEMPTS = 3  # stock servers sometimes freeze at their start: they fork w
 CLIENTS_MARGIN_S = 10.0  # for the process that forked the clients to say which of them froze
 LOG_TAIL_CHARS = 2000
 SERVER_ENVIRONMENT = {  # what hivemind-server of each system sets
-    ("moe", role): {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} for role in ("server", "traced server")
+    (OURS, role): TORCH_ENVIRONMENT for role in ("server", "traced server")
 }
 _POLL_S = 0.05
 _KILL_TIMEOUT_S = 20.0  # a stock server with many experts has hundreds of processes

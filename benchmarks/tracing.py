@@ -113,6 +113,12 @@ def _stamping(function: Callable[..., Any], times: list[float], at_end: bool) ->
     return call_async if inspect.iscoroutinefunction(function) else call
 
 
+def of_backwards(stamps: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """The stamps of backwards alone: a forward went before each of them, past the points that both have in common."""
+    backwards = len(stamps["called"])
+    return {name: times[1::2] if len(times) == 2 * backwards else times for name, times in stamps.items()}
+
+
 def stages(stamps: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Median milliseconds of each stage, over all calls.
 

@@ -221,9 +221,7 @@ class Client:
 
         self._stamps = tracing.install((*tracing.CLIENT_POINTS[operation], *tracing.CLIENT_POINTS["both"]))
 
-    def traced(
-        self, begin_at: float, load: dict[str, Any], limit: dict[str, Any], operation: str
-    ) -> dict[str, list[float]]:
+    def traced(self, begin_at: float, load: dict[str, Any], limit: dict[str, Any]) -> dict[str, list[float]]:
         """Call an expert, ``Limit`` times.
 
         :returns: the times of these calls
@@ -240,12 +238,7 @@ class Client:
             times.clear()
         _sleep_until(begin_at)
         timed_loop(step, Limit(**limit))
-        found = {name: list(times) for name, times in self._stamps.items()}
-        if operation == "backward":  # a forward went before each of them, over the same link
-            found = {
-                name: times[1::2] if len(times) == 2 * len(found["called"]) else times for name, times in found.items()
-            }
-        return found
+        return {name: list(times) for name, times in self._stamps.items()}
 
     def mixture_steps(
         self,

@@ -31,6 +31,7 @@ logger = logging.getLogger("moe.cli.run_server")  # not __name__, which is __mai
 
 OPEN_FILES = 2**15  # what --increase_file_limit asks for, as hivemind does
 SGD_LR = 0.01  # hivemind's; adam gets torch's own default
+TORCH_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}  # see set_torch_environment
 CHECK_PERIOD_S = 1.0  # how often to look at the server when nothing is to be reported; ours
 
 # What Server.create takes under the name of the flag. The rest is translated in create_arguments.
@@ -153,8 +154,8 @@ def set_torch_environment() -> None:
     Large tensors are made of huge pages. Gradients and activations are new memory for each batch, which the kernel maps
     page by page: that was a third of the CPU time of training an ffn of hidden size 1024 with 32 rows.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for name, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def create_arguments(options: argparse.Namespace) -> dict[str, Any]:

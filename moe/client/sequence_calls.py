@@ -45,7 +45,7 @@ from moe.errors import (
     SchemaError,
 )
 from moe.expert_uid import PeerIDLike
-from moe.schema import count_rows
+from moe.schema import Entry, count_rows
 from moe.transport.base import Budget
 from moe.wire.messages import new_request_id
 
@@ -152,7 +152,7 @@ class SequenceCaller:
         :param keep: for a backward, what each span was given
         :raises MoEError: the last failure, with all attempts
         """
-        self._check_finite(chain, tensors)
+        self._check_finite(chain, tensors, chain.entries)
         ranges = self._ranges(chain, tensors)
         calls = [BoundCall(chain, part) for part in ranges_of(chain.entries, tensors, ranges)]
 
@@ -243,7 +243,7 @@ class SequenceCaller:
         :param trainable: which blocks have an optimizer
         :raises MoEError: the last failure, with all attempts
         """
-        Request(self.spans.transport, chain, self.config).check_finite(grad_outputs, chain.gradient_entries)
+        self._check_finite(chain, grad_outputs, chain.gradient_entries)
         calls = [BoundCall(chain, part) for part in ranges_of(chain.entries, tensors, journey.ranges)]
         grads = ranges_of(chain.gradient_entries, grad_outputs, journey.ranges)
         first_needed = chain.first_needed(wants, trainable)
@@ -292,8 +292,8 @@ class SequenceCaller:
 
     # --- helpers ---------------------------------------------------------------------------------------------------------
 
-    def _check_finite(self, chain: Chain, tensors: Sequence[torch.Tensor]) -> None:
-        Request(self.spans.transport, chain, self.config).check_finite(tensors, chain.entries)
+    def _check_finite(self, chain: Chain, tensors: Sequence[torch.Tensor], entries: Sequence[Entry]) -> None:
+        Request(self.spans.transport, chain, self.config).check_finite(tensors, entries)
 
     def _attempts(self, budget: Budget) -> _Attempts:
         return _Attempts(self.router, self.spans, self.config, budget)

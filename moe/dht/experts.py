@@ -189,13 +189,21 @@ async def _declare(
         del _declaring[task]
 
 
+def _refuse_string(uids: Iterable[ExpertUID]) -> None:
+    """One uid is not a list of uids, though it can be iterated over.
+
+    :raises ConfigError: if it is a string
+    """
+    if isinstance(uids, str):
+        raise ConfigError("Please send a list / tuple of expert uids.")
+
+
 def check_uids(uids: Iterable[ExpertUID]) -> list[ExpertUID]:
     """The uids, each one once.
 
     :raises ConfigError: if they cannot be announced: a string instead of a list, invalid, too many
     """
-    if isinstance(uids, str):
-        raise ConfigError("Please send a list / tuple of expert uids.")
+    _refuse_string(uids)
     uids = list(dict.fromkeys(uids))
     for uid in uids:
         if not isinstance(uid, str) or not is_valid_uid(uid):
@@ -272,8 +280,7 @@ def find_experts(
     :raises CallTimeout: if this takes too long
     :raises LifecycleError: if the DHT is not running
     """
-    if isinstance(uids, str):
-        raise ConfigError("Please send a list / tuple of expert uids.")
+    _refuse_string(uids)
     if not uids:
         return []
     return call(dht, f"finding {len(uids)} experts", _find, list(uids), expiration_time, timeout_s=timeout_s)
@@ -334,8 +341,7 @@ def find_servers(dht: DHT, uids: Sequence[ExpertUID], timeout_s: float = DEFAULT
     :raises CallTimeout: if this takes too long
     :raises LifecycleError: if the DHT is not running
     """
-    if isinstance(uids, str):
-        raise ConfigError("Please send a list / tuple of expert uids.")
+    _refuse_string(uids)
     if not uids:
         return []
     return call(dht, f"finding servers of {len(uids)} experts", _find_servers, list(uids), timeout_s=timeout_s)

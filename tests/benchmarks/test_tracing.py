@@ -57,3 +57,8 @@ def test_points_that_were_not_passed_equally_often_are_refused() -> None:
 def test_stages_lie_between_points_that_exist(operation: str) -> None:
     points = {point.name for point in (*CLIENT_POINTS[operation], *CLIENT_POINTS["both"], *SERVER_POINTS)}
     assert {name for _, begin, end in STAGES for name in (begin, end)} <= points
+
+
+def test_of_a_forward_and_a_backward_the_backward_is_taken() -> None:
+    stamps = {"called": [2.0, 4.0], "to be sent": [1.0, 2.5, 3.0, 4.5]}
+    assert tracing.of_backwards(stamps) == {"called": [2.0, 4.0], "to be sent": [2.5, 4.5]}
