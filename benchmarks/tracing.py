@@ -34,16 +34,16 @@ LINK = "moe.transport.direct"
 CLIENT_POINTS = {
     "forward": (
         Point("called", "moe.client.expert", "RemoteExpert.call_within"),
-        Point("in the client's loop", "moe.client.calls", "ExpertCaller.forward"),
+        Point("checked", "moe.client.requests", "Request._forward_call"),
         Point("returned", "moe.client.expert", "RemoteExpert.call_within", at_end=True),
     ),
     "backward": (
         Point("called", "moe.client.expert", "_RemoteExpertCall.backward"),
-        Point("in the client's loop", "moe.client.calls", "ExpertCaller.backward"),
+        Point("checked", "moe.client.requests", "Request._backward_call"),
         Point("returned", "moe.client.expert", "_RemoteExpertCall.backward", at_end=True),
     ),
     "both": (
-        Point("to be sent", LINK, "DirectClient.call"),
+        Point("to be sent", "moe.transport.link", "Link.send"),
         Point("reply begins", LINK, "DirectClient.opened"),
         Point("reply is there", LINK, "DirectClient.completed"),
     ),
@@ -54,20 +54,20 @@ SERVER_POINTS = (
     Point("waits", "moe.server.task_pool", "TaskPool.submit"),
     Point("computed from", "moe.server.task_pool", "TaskPool.process"),
     Point("computed until", "moe.server.task_pool", "TaskPool._resolve"),
-    Point("answer to be sent", "moe.server.connection_handler", "RequestAdmission.run", at_end=True),
+    Point("answer to be sent", "moe.transport.link", "Link.send"),
 )
 STAGES = (  # what happens between two points; in the order of time
-    ("client: check, bind, to its network thread", "called", "in the client's loop"),
-    ("client: header, encode", "in the client's loop", "to be sent"),
+    ("client: bind, check against the schema", "called", "checked"),
+    ("client: header, encode", "checked", "to be sent"),
     ("wire: request begins to arrive", "to be sent", "request begins"),
     ("wire: rest of the request", "request begins", "request is there"),
     ("server: decode, check against the schema", "request is there", "waits"),
     ("server: queue, to the Runtime thread", "waits", "computed from"),
     ("server: compute", "computed from", "computed until"),
-    ("server: to its network thread, header", "computed until", "answer to be sent"),
-    ("wire: encode, reply begins to arrive", "answer to be sent", "reply begins"),
+    ("server: header, encode", "computed until", "answer to be sent"),
+    ("wire: reply begins to arrive", "answer to be sent", "reply begins"),
     ("wire: rest of the reply", "reply begins", "reply is there"),
-    ("client: decode, check, to the caller", "reply is there", "returned"),
+    ("client: to the caller's thread, decode, check", "reply is there", "returned"),
 )
 
 Stamps = dict[str, list[float]]

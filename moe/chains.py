@@ -91,6 +91,11 @@ class Chain:
         """The request's tensors without gradients, flat; where several blocks take one, as the first of them does."""
         return tuple(users[0] for users in self.users)
 
+    @functools.cached_property
+    def floating(self) -> tuple[bool, ...]:
+        """Which of ``entries`` can have a gradient."""
+        return tuple(entry.proto.is_floating_point for entry in self.entries)
+
     @property
     def output_entries(self) -> tuple[Entry, ...]:
         """What the last block returns."""

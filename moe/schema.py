@@ -138,11 +138,12 @@ class TensorProto:
 
     def mismatch(self, shape: Sequence[int], dtype: torch.dtype | str) -> str | None:
         """What is wrong with a tensor of this shape and dtype, or None if it fits. Looks at no data."""
-        name = dtype if isinstance(dtype, str) else DTYPE_NAMES.get(dtype, str(dtype))
-        expected = self.size
-        fits = len(shape) == len(expected) and all(e is None or e == s for e, s in zip(expected, shape))
-        if fits and name == DTYPE_NAMES[self.dtype]:
+        fits = len(shape) == len(self.sizes) + self.batched
+        if fits and (own := tuple(shape[1:] if self.batched else shape)) != self.sizes:
+            fits = all(size is None or size == found for size, found in zip(self.sizes, own))
+        if fits and (dtype is self.dtype or dtype == DTYPE_NAMES[self.dtype]):
             return None
+        name = dtype if isinstance(dtype, str) else DTYPE_NAMES.get(dtype, str(dtype))
         return f"expected {self}, got {_describe(shape, name)}"
 
     def __repr__(self) -> str:
@@ -260,6 +261,10 @@ class ExpertSchema:
         return _entries(self.outputs, "outputs") if self.outputs is not None else ()
 
     @functools.cached_property
+    def _output_spec(self) -> optree.PyTreeSpec:
+        return _spec(self.outputs)
+
+    @functools.cached_property
     def mergeable(self) -> bool:
         """May tasks of several callers form one batch? Not if an output belongs to the whole call, or nothing has rows."""
         has_rows = any(entry.proto.batched for entry in self.input_entries(()))
@@ -280,7 +285,7 @@ class ExpertSchema:
 
     def pack_outputs(self, tensors: Sequence[Any]) -> Nested:
         """Flat values -> the nested structure of the outputs."""
-        return _spec(self.outputs).unflatten(tensors)
+        return cast(Nested, self._output_spec.unflatten(tensors))
 
     def flatten_outputs(self, outputs: Nested) -> list[Any]:
         """The module's nested outputs -> flat, in schema order.
@@ -421,14 +426,21 @@ def validate(
     if len(entries) != len(tensors):
         names = ", ".join(entry.path for entry in entries[:20])
         raise SchemaError(f"{what}: expected {len(entries)} tensors ({names}), got {len(tensors)}")
+    first: Entry | None = None  # of the batched ones
+    found = 1
     for entry, tensor in zip(entries, tensors):
-        problem = entry.proto.mismatch(tensor.shape, tensor.dtype)
+        shape = tensor.shape
+        problem = entry.proto.mismatch(shape, tensor.dtype)
         if problem is not None:
             raise SchemaError(f"{entry.path}: {problem}")
-    found = count_rows(entries, [tensor.shape for tensor in tensors])
-    if rows is not None and any(entry.proto.batched for entry in entries) and found != rows:
-        path = next(entry.path for entry in entries if entry.proto.batched)
-        raise SchemaError(f"{path}: expected {rows} rows, got {found}")
+        if entry.proto.batched and shape[0] != found:
+            if first is not None:
+                count_rows((first, entry), ((found,), shape))
+            found = shape[0]
+        if entry.proto.batched and first is None:
+            first = entry
+    if rows is not None and first is not None and found != rows:
+        raise SchemaError(f"{first.path}: expected {rows} rows, got {found}")
     return found
 
 
@@ -561,6 +573,8 @@ def _check_tensors(entries: Sequence[Entry], values: Sequence[Any]) -> None:
 
 
 def _flatten_up_to(structure: Nested, value: Nested, path: str, verb: str) -> list[Any]:
+    if isinstance(structure, TensorProto):
+        return [value]
     try:
         return cast("list[Any]", _spec(structure).flatten_up_to(_plain_containers(value)))
     except (ValueError, TypeError):

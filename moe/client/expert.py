@@ -173,12 +173,11 @@ class RemoteExpert(nn.Module):
         except SchemaError as e:
             hint = "" if description.native else " (a stock hivemind server, which takes no global or optional kwargs)"
             raise SchemaError(f"{e.message}{hint}", uid=self.uid) from None
-        trigger = grad_trigger(description.trainable)
-        apply: Callable[..., tuple[torch.Tensor, ...]] = _RemoteExpertCall.apply
-        grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (trigger, *tensors))
-        kept: KeptRows | None = {} if grads else None
-        outputs = apply(trigger, self.caller, schema, present, budget, kept, *tensors)
-        return schema.pack_outputs(outputs)
+        if torch.is_grad_enabled() and (description.trainable or any(tensor.requires_grad for tensor in tensors)):
+            apply: Callable[..., tuple[torch.Tensor, ...]] = _RemoteExpertCall.apply
+            trigger = grad_trigger(description.trainable)
+            return schema.pack_outputs(apply(trigger, self.caller, schema, present, budget, *tensors))
+        return schema.pack_outputs(_forward(self.caller, schema, present, budget, None, tensors))
 
 
 def merge_kwargs(
@@ -215,15 +214,12 @@ class _RemoteExpertCall(torch.autograd.Function):
         schema: ExpertSchema,
         present: tuple[str, ...],
         budget: Budget,
-        kept: KeptRows | None,
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
+        kept: KeptRows = {}
         ctx.caller, ctx.schema, ctx.present, ctx.kept = caller, schema, present, kept
         ctx.save_for_backward(*inputs)
-        sent = to_wire(schema, present, inputs)
-        outputs = client_loop().run(caller.forward(sent, present, budget, kept))
-        device = inputs[0].device if inputs else "cpu"  # every kwarg may be optional
-        outputs = [output.to(device) for output in outputs]
+        outputs = _forward(caller, schema, present, budget, kept, inputs)
         ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
         return tuple(outputs)
 
@@ -233,7 +229,7 @@ class _RemoteExpertCall(torch.autograd.Function):
         caller: ExpertCaller = ctx.caller
         inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
         schema: ExpertSchema = ctx.schema
-        wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[6:], inputs)]
+        wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[5:], inputs)]
         grads = [
             grad.detach().to("cpu", entry.proto.dtype)
             for grad, entry in zip(grad_outputs, schema.output_entries)
@@ -241,8 +237,22 @@ class _RemoteExpertCall(torch.autograd.Function):
         ]
         sent = to_wire(schema, ctx.present, inputs)
         budget = Budget(caller.config.total_timeout_s)
-        received = client_loop().run(caller.backward(sent, grads, ctx.present, wants, budget, ctx.kept))
-        return (None, None, None, None, None, None, *from_wire(received, inputs))
+        received = caller.backward_blocking(sent, grads, ctx.present, wants, budget, ctx.kept)
+        return (None, None, None, None, None, *from_wire(received, inputs))
+
+
+def _forward(
+    caller: ExpertCaller,
+    schema: ExpertSchema,
+    present: tuple[str, ...],
+    budget: Budget,
+    kept: KeptRows | None,
+    inputs: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Flat outputs, on the device of the first input."""
+    outputs = caller.forward_blocking(to_wire(schema, present, inputs), present, budget, kept)
+    device = inputs[0].device if inputs else "cpu"  # every kwarg may be optional
+    return [output.to(device) for output in outputs]
 
 
 def to_wire(schema: ExpertSchema, present: tuple[str, ...], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
+import torch
 
 from moe.client.digests import Contents, Digests
 from moe.errors import ConnectError, PeerGone, TensorNotHeld
@@ -173,6 +174,8 @@ class Referring:
         """
         transport = self._transport()
         assert transport is not None and call.header is not None
+        if not may_refer(call.method, call.tensors, inputs, kept):
+            return await transport.call(peer, call, timeout_s=timeout_s)
         loop, name = asyncio.get_running_loop(), peer.to_base58()
         end = None if timeout_s is None else loop.time() + timeout_s
         large = [i for i, tensor in enumerate(call.tensors[: len(inputs)]) if tensor.nbytes >= MIN_HELD_BYTES]
@@ -287,6 +290,19 @@ class Referring:
 
 
 _of_transports: weakref.WeakKeyDictionary[ExpertTransport, Referring] = weakref.WeakKeyDictionary()
+
+
+def may_refer(method: str, tensors: Sequence[torch.Tensor], inputs: Sequence[Entry], kept: Kept | None) -> bool:
+    """Is there a tensor that the server may hold, or shall? If not, ``Referring.call`` is ``ExpertTransport.call``.
+
+    :param tensors: with or without gradients at the end
+    """
+    sizes = [tensor.nbytes for tensor, _ in zip(tensors, inputs)]
+    if any(size >= MIN_HELD_BYTES and not entry.proto.batched for size, entry in zip(sizes, inputs)):
+        return True
+    if method == FORWARD:
+        return kept is not None and sum(size for size in sizes if size >= MIN_HELD_BYTES) >= KEEP_FROM_BYTES
+    return kept is not None and bool(kept.peer)
 
 
 def _referring(call: Call, held: Mapping[int, bytes], hold: Sequence[int], keep: bool) -> Call:

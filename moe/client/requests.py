@@ -1,7 +1,8 @@
 """One request to one server: what is sent, and what came back. Owns: headers, codecs, splitting by rows, checks of replies.
 
 A request is for a chain of blocks (moe.chains); that of a single expert is a chain of one. Shared by ExpertCaller and the spans
-of a sequence. Must not know: which server is asked, retries, autograd. CPU tensors; all of it runs in the client's event loop.
+of a sequence. Must not know: which server is asked, retries, autograd. CPU tensors; all of it runs in the client's event loop,
+but for what says ``blocking``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any, TypeVar
 import torch
 
 from moe.chains import Chain
-from moe.client.references import Kept, Referring
+from moe.client.references import Kept, Referring, may_refer
 from moe.config import ClientConfig
 from moe.errors import NonFiniteError, ProtocolError, SchemaError
 from moe.expert_uid import PeerIDLike, join_chain
 from moe.schema import Entry, count_rows, select_rows, validate
-from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
+from moe.transport.base import BACKWARD, FORWARD, Call, CallBlocking, ExpertTransport, Reply
 from moe.wire.messages import (
     HELD_TENSORS,
     REQUEST_ID_BYTES,
@@ -125,6 +126,7 @@ class Request:
     def __init__(self, transport: ExpertTransport, chain: Chain, config: ClientConfig):
         self.transport, self.chain, self.config = transport, chain, config
         self.uid = join_chain([block.uid for block in chain.blocks])
+        self._codecs = tuple(entry.proto.compression for entry in chain.entries)
 
     def __repr__(self) -> str:
         return f"Request({self.chain!r})"
@@ -144,18 +146,21 @@ class Request:
         :raises ProtocolError: the answer does not fit
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
-        outputs = self.chain.output_entries
-        header = make_header(self.chain, terms.native, timeout_s, metadata=self._metadata(peer, FORWARD))
-        codecs = [entry.proto.compression for entry in self.chain.entries]
-        reply_bytes = _expected_bytes(outputs, rows, tensors, terms.native)
-        call = Call(FORWARD, self.uid, header, tensors, codecs, reply_bytes)
-        reply = await self._send(peer, terms, call, kept, timeout_s)
-        try:
-            validate(outputs, reply.tensors, rows=rows, what="the reply")
-        except SchemaError as e:
-            raise ProtocolError(f"the server's reply does not fit: {e.message}", peer=peer.to_base58()) from None
-        self.check_finite(reply.tensors, outputs, peer)
-        return list(reply.tensors)
+        call = self._forward_call(peer, terms, tensors, rows, timeout_s)
+        return self._outputs(await self._send(peer, terms, call, kept, timeout_s), rows, peer)
+
+    def forward_blocking(
+        self,
+        carry: CallBlocking,
+        peer: PeerIDLike,
+        terms: Terms,
+        tensors: Sequence[torch.Tensor],
+        rows: int,
+        timeout_s: float | None,
+    ) -> list[torch.Tensor]:
+        """``forward`` by a thread that waits for it; nothing is held."""
+        call = self._forward_call(peer, terms, tensors, rows, timeout_s)
+        return self._outputs(carry(call, timeout_s), rows, peer)
 
     async def backward(
         self,
@@ -174,18 +179,64 @@ class Request:
         :raises ProtocolError: the answer does not fit
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
-        entries, grad_entries = self.chain.entries, self.chain.gradient_entries
+        call = self._backward_call(peer, terms, inputs, grad_outputs, wants, request_ids, timeout_s)
+        return self._gradients(inputs, wants, await self._send(peer, terms, call, kept, timeout_s), peer)
+
+    def backward_blocking(
+        self,
+        carry: CallBlocking,
+        peer: PeerIDLike,
+        terms: Terms,
+        inputs: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor],
+        wants: tuple[bool, ...],
+        request_ids: Sequence[bytes],
+        timeout_s: float | None,
+    ) -> Gradients:
+        """``backward`` by a thread that waits for it; nothing is held."""
+        call = self._backward_call(peer, terms, inputs, grad_outputs, wants, request_ids, timeout_s)
+        return self._gradients(inputs, wants, carry(call, timeout_s), peer)
+
+    def may_refer(self, terms: Terms, method: str, inputs: Sequence[torch.Tensor], kept: Kept | None) -> bool:
+        """Could the server hold one of the tensors, or shall it? Then the request must be made in the event loop."""
+        return self.config.hold_tensors and terms.holds and may_refer(method, inputs, self.chain.entries, kept)
+
+    def _forward_call(
+        self, peer: PeerIDLike, terms: Terms, tensors: Sequence[torch.Tensor], rows: int, timeout_s: float | None
+    ) -> Call:
+        header = make_header(self.chain, terms.native, timeout_s, metadata=self._metadata(peer, FORWARD))
+        reply_bytes = _expected_bytes(self.chain.output_entries, rows, tensors, terms.native)
+        return Call(FORWARD, self.uid, header, tensors, self._codecs, reply_bytes)
+
+    def _outputs(self, reply: Reply, rows: int, peer: PeerIDLike) -> list[torch.Tensor]:
+        outputs = self.chain.output_entries
+        try:
+            validate(outputs, reply.tensors, rows=rows, what="the reply")
+        except SchemaError as e:
+            raise ProtocolError(f"the server's reply does not fit: {e.message}", peer=peer.to_base58()) from None
+        self.check_finite(reply.tensors, outputs, peer)
+        return list(reply.tensors)
+
+    def _backward_call(
+        self,
+        peer: PeerIDLike,
+        terms: Terms,
+        inputs: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor],
+        wants: tuple[bool, ...],
+        request_ids: Sequence[bytes],
+        timeout_s: float | None,
+    ) -> Call:
+        grad_entries = self.chain.gradient_entries
         if not terms.native:  # stock hivemind wants a gradient for every output, integer ones included
             grad_entries = self.chain.output_entries
-            grad_outputs = _stock_gradients(grad_entries, grad_outputs, _rows(entries, inputs))
+            grad_outputs = _stock_gradients(grad_entries, grad_outputs, _rows(self.chain.entries, inputs))
         metadata = self._metadata(peer, BACKWARD)
         header = make_header(self.chain, terms.native, timeout_s, wants, request_ids, metadata)
-        codecs = [entry.proto.compression for entry in (*entries, *grad_entries)]
+        codecs = (*self._codecs, *(entry.proto.compression for entry in grad_entries))
         tensors = [*inputs, *grad_outputs]
         reply_bytes = sum(t.nbytes for t, wanted in zip(inputs, wants) if wanted or not terms.native)
-        call = Call(BACKWARD, self.uid, header, tensors, codecs, reply_bytes)
-        reply = await self._send(peer, terms, call, kept, timeout_s)
-        return self._gradients(inputs, wants, reply, peer)
+        return Call(BACKWARD, self.uid, header, tensors, codecs, reply_bytes)
 
     def _metadata(self, peer: PeerIDLike, method: str) -> Metadata:
         """What the caller's policy tells this server.

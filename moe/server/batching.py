@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -51,8 +50,8 @@ class BatchQueue:
         self.config = config
         self._waiting: dict[int, Waiting] = {}
         self._groups: dict[Hashable, list[Rank]] = {}  # per group a heap of ranks; may hold removed tasks
-        self._rows: Counter[Hashable] = Counter()
-        self._peers: Counter[str] = Counter()
+        self._rows: dict[Hashable, int] = {}
+        self._peers: dict[str, int] = {}
         self._by_rank: list[tuple[Rank, _Unordered]] = []  # heap over all groups; may hold removed tasks
         self._by_deadline: list[tuple[float, int]] = []  # likewise
 
@@ -76,8 +75,9 @@ class BatchQueue:
             )
         if len(self._waiting) >= config.max_pending_tasks:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already; try again later")
-        if self._peers[task.peer] >= config.max_pending_per_peer:
-            raise Overloaded(f"{self._peers[task.peer]} of your requests are waiting already; try again later")
+        of_peer = self._peers.get(task.peer, 0)
+        if of_peer >= config.max_pending_per_peer:
+            raise Overloaded(f"{of_peer} of your requests are waiting already; try again later")
         number = task.rank.number
         assert number not in self._waiting, "a task's number must be unique"
         self._waiting[number] = task
@@ -85,8 +85,8 @@ class BatchQueue:
         heapq.heappush(self._by_rank, (task.rank, _Unordered(task.group)))
         if task.deadline < math.inf:
             heapq.heappush(self._by_deadline, (task.deadline, number))
-        self._rows[task.group] += task.rows
-        self._peers[task.peer] += 1
+        self._rows[task.group] = self._rows.get(task.group, 0) + task.rows
+        self._peers[task.peer] = of_peer + 1
 
     def remove(self, number: int) -> Waiting | None:
         """Forget a task whose caller has gone; None if it does not wait (any more)."""

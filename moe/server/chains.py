@@ -26,7 +26,7 @@ async def forward_chain(chain: Chain, tensors: Sequence[torch.Tensor], ask: Ask)
     """
     values = list(tensors[: chain.args])
     for index in range(len(chain)):
-        values = _all(await ask(index, FORWARD, chain.inputs_of(index, values, tensors), None))
+        values = all_of(await ask(index, FORWARD, chain.inputs_of(index, values, tensors), None))
     return values
 
 
@@ -47,7 +47,7 @@ async def backward_chain(
     for index in range(len(chain)):
         inputs.append(chain.inputs_of(index, values, tensors))
         if index + 1 < len(chain):
-            values = _all(await ask(index, FORWARD, inputs[index], None))
+            values = all_of(await ask(index, FORWARD, inputs[index], None))
     grads = list(tensors[len(chain.users) :])
     total: Answer = [None] * len(chain.users)
     first = min(chain.first_needed(wants, trainable), len(chain) - 1)
@@ -71,5 +71,6 @@ async def backward_chain(
     return total
 
 
-def _all(answer: Answer) -> list[torch.Tensor]:
+def all_of(answer: Answer) -> list[torch.Tensor]:
+    """Outputs, none of which is missing."""
     return [tensor for tensor in answer if tensor is not None]

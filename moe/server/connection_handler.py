@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,7 +33,7 @@ from moe.errors import (
 )
 from moe.expert_uid import split_chain
 from moe.schema import DIGEST_BYTES, DTYPE_NAMES, DTYPES, Compression, count_rows, digest
-from moe.server.chains import backward_chain, forward_chain
+from moe.server.chains import all_of, backward_chain, forward_chain
 from moe.server.execution import as_expert_failure
 from moe.server.expert_backend import ExpertBackend
 from moe.server.held_tensors import HeldTensor, HeldTensors
@@ -53,6 +53,7 @@ from moe.wire.tensors import max_encoded_bytes
 T = TypeVar("T")
 Authorizer = Callable[..., bool]
 
+_TOO_LATE = "the caller's time was over before the expert was done"
 _HASH_IN_THREAD_BYTES = 2**20  # globals larger than this are digested off the event loop; ours, about 1 ms
 
 
@@ -183,7 +184,7 @@ def _planned(backends: Sequence[ExpertBackend], header: RequestHeader | None) ->
     """
     if header is None or header.chain is None:
         (backend,) = backends
-        return Chain.single(backend.name, backend.schema, header.present if header is not None else ())
+        return backend.chain(header.present if header is not None else ())
     if len(header.chain) != len(backends):
         raise SchemaError(f"a chain of {len(backends)} uids, with inputs of {len(header.chain)} blocks")
     return Chain(
@@ -212,24 +213,29 @@ class RequestAdmission:
         self._handler, self._backends, self._peer, self._method, self._header = handler, backends, peer, method, header
         self._uids = tuple(backend.name for backend in backends)
         self._chain = _planned(backends, header)
-        inputs = self._chain.entries
-        self._wants = tuple(entry.proto.is_floating_point for entry in inputs)
-        if header is not None and header.wants_grad is not None:
-            if len(header.wants_grad) != len(inputs):
-                raise SchemaError(
-                    f"wants_grad: expected {len(inputs)} flags, one per input, got {len(header.wants_grad)}"
-                )
-            self._wants = tuple(wanted and floating for wanted, floating in zip(header.wants_grad, self._wants))
-        self._entries = inputs
+        self._entries = self._chain.entries
+        self._wants: tuple[bool, ...] = ()
         if method == BACKWARD:
+            self._wants = self._chain.floating
+            if header is not None and header.wants_grad is not None:
+                if len(header.wants_grad) != len(self._wants):
+                    raise SchemaError(
+                        f"wants_grad: expected {len(self._wants)} flags, one per input, got {len(header.wants_grad)}"
+                    )
+                self._wants = tuple(wanted and floating for wanted, floating in zip(header.wants_grad, self._wants))
             self._entries += backends[-1].gradient_entries(stock=header is None)
         self._max_rows = min(backend.max_batch_size for backend in backends)
         self._keys = header.held if header is not None else {}
-        self._sent = [position for position in range(len(self._entries)) if position not in self._keys]
+        every = range(len(self._entries))
+        self._sent: Sequence[int] = (
+            [position for position in every if position not in self._keys] if self._keys else every
+        )
         self._shapes: dict[int, tuple[int, ...]] = {}
+        self._batched: int | None = None  # position of one of the batched tensors admitted
         self._shared: dict[int, HeldTensor] = {}  # by position: tensors that other requests may use, too
         self._bytes = 0
         self._queue_s = self._compute_s = 0.0
+        self._started: tuple[Task, asyncio.TimerHandle] | None = None
         limit_s = handler.config.request_timeout_s
         if header is not None and header.time_left_s is not None:
             limit_s = min(limit_s, header.time_left_s)
@@ -273,9 +279,14 @@ class RequestAdmission:
             if problem is not None:
                 raise SchemaError(f"{user.path}: {problem}")
         self._shapes[position] = shape
-        rows = count_rows([self._entries[known] for known in self._shapes], list(self._shapes.values()))
-        if entry.proto.batched and rows > self._max_rows:
-            raise SchemaError(f"{entry.path}: {rows} rows, at most {self._max_rows} are taken in one request; split it")
+        if entry.proto.batched:
+            if self._batched is None:
+                self._batched = position
+            rows = count_rows((self._entries[self._batched], entry), (self._shapes[self._batched], shape))
+            if rows > self._max_rows:
+                raise SchemaError(
+                    f"{entry.path}: {rows} rows, at most {self._max_rows} are taken in one request; split it"
+                )
         encoded = max_encoded_bytes(shape, DTYPES[dtype], codec)
         size = encoded if codec == Compression.NONE else encoded + math.prod(shape) * DTYPES[dtype].itemsize
         if self._bytes + size > self._handler.config.max_request_bytes:
@@ -300,14 +311,60 @@ class RequestAdmission:
         self._bytes = 0
         self._handler.closed(self._uids)
         self._uids = ()
+        if self._started is not None:
+            task, timer = self._started
+            timer.cancel()
+            if not task.future.done():
+                task.future.cancel()
+
+    def start(self, tensors: Sequence[torch.Tensor], answer: Callable[[Reply | MoEError], None]) -> bool:
+        """See Admission: a forward of one expert, of which nothing is held, is answered by the Runtime's thread."""
+        header, chain = self._header, self._chain
+        if self._method != FORWARD or len(chain) > 1 or header is None or header.held or header.hold or header.keep:
+            return False
+        if any(entry.proto.compression for entry in chain.output_entries):  # their codecs take time
+            return False
+        if sum(t.nbytes for t, e in zip(tensors, self._entries) if not e.proto.batched) > _HASH_IN_THREAD_BYTES:
+            return False
+        self._check_count(tensors)
+        (backend,) = self._backends
+        try:
+            task = backend.make_task(FORWARD, tensors, chain.blocks[0].present)
+        except Exception as e:
+            raise as_expert_failure(e) from None
+        task.deadline, task.peer = self._deadline, self._peer
+
+        def settle(future: Future[TaskResult]) -> None:
+            if future.cancelled():  # withdrawn: nobody waits
+                return
+            try:
+                self._count_times(task)
+                answer(self._outputs(all_of(future.result())))
+            except Exception as e:
+                answer(as_expert_failure(e))
+
+        late = DeadlineExceeded(_TOO_LATE)
+        timer = asyncio.get_running_loop().call_later(self._deadline - time.monotonic(), answer, late)
+        self._started = (task, timer)
+        task.future.add_done_callback(settle)
+        backend.forward_pool.submit(task)  # last of all: see _answer
+        return True
+
+    def _check_count(self, tensors: Sequence[torch.Tensor]) -> None:
+        if len(tensors) != len(self._sent):
+            raise SchemaError(f"{self._method}: expected {self._expected()}, got {len(tensors)}")
+
+    def _count_times(self, task: Task) -> None:
+        self._queue_s += task.started_at - task.submitted_at
+        self._compute_s += task.finished_at - task.started_at
 
     async def run(self, tensors: Sequence[torch.Tensor]) -> Reply:
         """Wait for the expert's answer, or for those of a chain's blocks, until the caller's deadline."""
-        if len(tensors) != len(self._sent):
-            raise SchemaError(f"{self._method}: expected {self._expected()}, got {len(tensors)}")
-        by_position = {position: held.tensor for position, held in self._shared.items()}
-        by_position.update(zip(self._sent, tensors))
-        tensors = [by_position[position] for position in range(len(self._entries))]
+        self._check_count(tensors)
+        if self._shared:
+            by_position = {position: held.tensor for position, held in self._shared.items()}
+            by_position.update(zip(self._sent, tensors))
+            tensors = [by_position[position] for position in range(len(self._entries))]
         await self._hold_globals(tensors)
         if self._method == FORWARD:
             arrived = self._worth_keeping(tensors)
@@ -326,7 +383,7 @@ class RequestAdmission:
 
     async def _hold_globals(self, tensors: Sequence[torch.Tensor]) -> None:
         """Hold those global tensors that have been sent which the client will refer to by their contents."""
-        if self._header is None or self._handler.config.held_max_bytes == 0:
+        if self._header is None or not self._header.hold or self._handler.config.held_max_bytes == 0:
             return
         entries = self._chain.entries
         new = {
@@ -369,53 +426,45 @@ class RequestAdmission:
         """One block's answer."""
         backend = self._backends[index]
         try:
-            task = await self._submit(index, method, tensors, wants)
-            result = await self._wait(task.future, method)
+            task = await self._make_task(index, method, tensors, wants)
+            key = self._once_key(index, method)
+            first = self._handler.once.find(key, time.monotonic()) if key is not None else None
+            result = await self._answer(index, first or task, key, submit=first is None)
         except Exception as e:
             error = e if isinstance(e, MoEError) else as_expert_failure(e)
             if len(self._backends) > 1:
                 raise type(error)(f"{backend.name}: {error.message}", uid=backend.name) from None
             raise error from None
-        self._queue_s += task.started_at - task.submitted_at
-        self._compute_s += task.finished_at - task.started_at
+        self._count_times(task)
         if method != self._method:  # what a chain's backward keeps: inputs of its blocks
             result = own_memory(result)
             self._hold(sum(tensor.nbytes for tensor in result if tensor is not None))
         return result
 
-    async def _submit(
+    async def _make_task(
         self, index: int, method: str, tensors: list[torch.Tensor], wants: tuple[bool, ...] | None
     ) -> Task:
-        """A new task in its pool, or the one that a repeated request id belongs to."""
         backend, block = self._backends[index], self._chain.blocks[index]
         shared = {id(held.tensor): held for held in self._shared.values()}
         digests = {number: held.digest for number, held in shared.items() if held.digest is not None}
         unknown = (t.nbytes for t, e in zip(tensors, block.entries) if not e.proto.batched and id(t) not in digests)
         arguments = (method, tensors, block.present, wants, digests)
         task = await _maybe_in_thread(sum(unknown), backend.make_task, *arguments)
-        task.shared = tuple(shared[id(tensor)] for tensor in tensors if id(tensor) in shared)
+        if shared:
+            task.shared = tuple(shared[id(tensor)] for tensor in tensors if id(tensor) in shared)
         task.deadline, task.peer = self._deadline, self._peer
-        request_id = self._request_id(index)
-        if method == FORWARD:
-            backend.forward_pool.submit(task)
-        elif request_id is None:  # a stock peer
-            backend.backward_pool.submit(task)
-        else:
-            return self._submit_once(backend, task, request_id)
         return task
 
-    def _request_id(self, index: int) -> bytes | None:
-        if self._header is None:
+    def _once_key(self, index: int, method: str) -> Hashable:
+        """What a repeat is known by; None if it is done again: a forward, or a request of a stock peer."""
+        if method == FORWARD or self._header is None:
             return None
-        return self._header.request_id if self._header.chain is None else self._header.chain[index].request_id
+        request_id = self._header.request_id if self._header.chain is None else self._header.chain[index].request_id
+        return None if request_id is None else (self._peer, self._backends[index].name, request_id)
 
-    def _submit_once(self, backend: ExpertBackend, task: Task, request_id: bytes) -> Task:
+    def _remember(self, key: Hashable, task: Task) -> None:
+        """Let repeats of this request have this task's answer."""
         once = self._handler.once
-        key = (self._peer, backend.name, request_id)
-        first = once.find(key, time.monotonic())
-        if first is not None:
-            return first
-        backend.backward_pool.submit(task)
         once.begin(key, task)
         loop = asyncio.get_running_loop()
         waiting = weakref.ref(task)  # a cycle through its future would hold the answer long after it is dropped
@@ -436,11 +485,14 @@ class RequestAdmission:
                 loop.call_soon_threadsafe(settle, future)
 
         task.future.add_done_callback(settle_in_loop)
-        return task
 
-    async def _wait(self, future: Future[TaskResult], method: str) -> TaskResult:
-        """The task's result. By hand and not with ``wrap_future`` and ``wait_for``, which cost 40 us a call together."""
-        loop = asyncio.get_running_loop()
+    async def _answer(self, index: int, task: Task, key: Hashable, *, submit: bool) -> TaskResult:
+        """The task's result. By hand and not with ``wrap_future`` and ``wait_for``, which cost 40 us a call together.
+
+        :param key: what repeats of the request are known by
+        :param submit: to its pool, last of all: it wakes the Runtime's thread, which begins when this one has nothing to do
+        """
+        loop, future = asyncio.get_running_loop(), task.future
         settled: asyncio.Future[None] = loop.create_future()
 
         def settle() -> None:
@@ -454,13 +506,18 @@ class RequestAdmission:
         future.add_done_callback(settle_from_runtime)
         timer = loop.call_later(max(0.0, self._deadline - time.monotonic()), settle)
         try:
+            if submit:
+                backend = self._backends[index]
+                (backend.forward_pool if task.operation == FORWARD else backend.backward_pool).submit(task)
+                if key is not None:
+                    self._remember(key, task)
             await settled
             if not future.done():
-                raise DeadlineExceeded("the caller's time was over before the expert was done")
+                raise DeadlineExceeded(_TOO_LATE)
             return future.result()
         finally:
             timer.cancel()
-            if method == FORWARD:  # a repeat of a backward may be waiting for the same task
+            if task.operation == FORWARD:  # a repeat of a backward may be waiting for the same task
                 future.cancel()
 
     def _outputs(self, outputs: Sequence[torch.Tensor]) -> Reply:

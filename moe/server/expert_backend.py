@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from moe.chains import Chain
 from moe.errors import ConfigError, ExpertFailed, NonFiniteError, SchemaError, TensorNotHeld
 from moe.schema import (
     DUMMY_BATCH_SIZE,
@@ -51,6 +52,7 @@ from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
 logger = logging.getLogger(__name__)
 
 MAX_PADDING = 2.0  # lanes of unequal row counts are stacked if that at most doubles the rows; decision 0007
+MAX_CHAINS = 1024  # kept, one for each subset of the optional kwargs that callers give; ours
 _DRY_RUN_LENGTHS = (8, 5)  # of "any length" axes; two, to see which output axes follow them
 _lane_numbers = itertools.count()
 
@@ -105,6 +107,7 @@ class ExpertBackend:
         self.updates = 0  # optimizer steps taken
         self._accumulated = 0  # backward batches since the last step
         self._stackable: dict[tuple[str, tuple[str, ...]], bool] = {}
+        self._chains: dict[tuple[str, ...], Chain] = {}
         speed_up_linear(module)
         if optimizer is not None:
             fuse(optimizer)
@@ -244,11 +247,12 @@ class ExpertBackend:
         inputs = self.schema.input_entries(present)
         entries = self.task_entries(operation, present, len(tensors))
         rows = validate(entries, tensors, what=operation)
-        floating = tuple(entry.proto.is_floating_point for entry in inputs)
         if wants_grad is not None and len(wants_grad) != len(inputs):
             raise SchemaError(f"wants_grad: expected {len(inputs)} flags, one per input, got {len(wants_grad)}")
-        wanted = floating if wants_grad is None else tuple(w and f for w, f in zip(wants_grad, floating))
-        wanted = wanted if operation == "backward" else ()
+        wanted: tuple[bool, ...] = ()
+        if operation == "backward":
+            floating = tuple(entry.proto.is_floating_point for entry in inputs)
+            wanted = floating if wants_grad is None else tuple(w and f for w, f in zip(wants_grad, floating))
         task = Task(operation, present, entries, list(tensors), rows, None, wants_grad=wanted)
         task.lane = self._lane(task, inputs, digests)
         # Lanes of equal shape may be stacked, so globals are compared by shape here, and by content within the batch.
@@ -256,6 +260,20 @@ class ExpertBackend:
         if not self.schema.mergeable or rows == 0:
             task.group = (task.group, next(_lane_numbers))
         return task
+
+    def chain(self, present: Sequence[str]) -> Chain:
+        """A call of this expert alone, with these optional kwargs.
+
+        :raises SchemaError: if a name is not an optional kwarg
+        """
+        key = tuple(present)
+        known = self._chains.get(key)
+        if known is None:
+            known = Chain.single(self.name, self.schema, key)
+            if len(self._chains) >= MAX_CHAINS:  # a peer may name any subset
+                self._chains.clear()
+            self._chains[key] = known
+        return known
 
     def task_entries(self, operation: str, present: Sequence[str], count: int | None = None) -> tuple[Entry, ...]:
         """The flat schema of a task's tensors; for backward, whose gradients there are is told by ``count``."""
@@ -483,6 +501,8 @@ class ExpertBackend:
         run_stacked: Callable[[list[list[Task]]], list[TaskResult]],
     ) -> list[TaskResult]:
         """Results of the tasks, in order: all lanes in one launch if the module allows it, else lane by lane."""
+        if len(tasks) == 1:
+            return run_one(tasks)
         lanes = _lanes(tasks)
         may_stack = self._may_stack(lanes)
         results = self._try_stacked(lanes, run_stacked) if may_stack else None

@@ -7,8 +7,10 @@ how devices copy.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,8 +82,10 @@ class Runtime:
         self.failure: BaseException | None = None
         self._on_batch = on_batch
         self._clock = clock
-        self._wake = threading.Condition()
-        self._submissions = 0
+        self._changing = threading.Lock()
+        self._signals: queue.SimpleQueue[None] = (
+            queue.SimpleQueue()
+        )  # a token for each reason to look at the pools again
         self._active: dict[TaskPool, None] = {}  # pools that may have waiting tasks, in order of their first submission
         self._stopping = False
         self._busy_since = math.inf
@@ -119,7 +123,7 @@ class Runtime:
         if self.device is not None and self._thread is not None:
             for backend in backends.values():
                 backend.to(self.device)
-        with self._wake:
+        with self._changing:
             if self._stopping:
                 raise LifecycleError("this Runtime is stopping")
             self.backends = {**self.backends, **backends}
@@ -133,14 +137,14 @@ class Runtime:
     def remove(self, uids: Iterable[str]) -> None:
         """Serve these backends no more: their waiting tasks fail as Unavailable, a batch that runs is finished."""
         leaving = set(uids)
-        with self._wake:
+        with self._changing:
             left = [pool for uid in leaving for pool in self.backends[uid].get_pools()]
             self.backends = {uid: backend for uid, backend in self.backends.items() if uid not in leaving}
             self.pools = tuple(pool for pool in self.pools if pool not in left)
         for pool in left:
             pool.close(Unavailable(f"{pool.name} has left this server"))
             pool.detach()
-            with self._wake:
+            with self._changing:
                 self._active.pop(pool, None)
 
     def is_alive(self) -> bool:
@@ -157,9 +161,9 @@ class Runtime:
         :returns: False if a batch was still running after ``timeout_s``
         """
         self.ready.clear()
-        with self._wake:
+        with self._changing:
             self._stopping = True
-            self._wake.notify_all()
+        self._signals.put(None)
         for pool in self.pools:
             pool.close(Unavailable("the server is stopping"))
         if self._thread is None or self._thread is threading.current_thread():
@@ -172,10 +176,9 @@ class Runtime:
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def _notify(self, pool: TaskPool) -> None:
-        with self._wake:
-            self._submissions += 1
+        with self._changing:
             self._active[pool] = None
-            self._wake.notify_all()
+        self._signals.put(None)
 
     def _run(self) -> None:
         torch.get_num_threads()  # without it, torch.set_num_threads holds for MKL only in the thread that called it
@@ -209,9 +212,9 @@ class Runtime:
         self.failure = error
         self.ready.clear()
         logger.critical("the Runtime has died", exc_info=error)
-        with self._wake:
+        with self._changing:
             self._stopping = True
-            self._wake.notify_all()
+        self._signals.put(None)
         gone = Unavailable(f"the Runtime of this server has died ({type(error).__name__})")
         _tell(batch, gone)
         for pool in self.pools:
@@ -251,13 +254,17 @@ class Runtime:
 
     def _next_batch(self) -> Batch | None:
         while True:
-            with self._wake:
-                seen = self._submissions
+            while not self._signals.empty():
+                self._signals.get_nowait()  # what they tell is seen below
+            with self._changing:
                 if self._stopping:
                     return None
-                # under the lock: a submission that comes now puts a pool back that is left out here
+                # under the lock: a submission that comes later puts a pool back that is left out here
                 self._active = {pool: None for pool in self._active if not pool.empty}
                 pools = list(self._active)
+            if not pools:
+                self._signals.get()
+                continue
             now = self._clock()
             ranks = [(rank, i) for i, pool in enumerate(pools) if (rank := pool.most_urgent(now)) is not None]
             if ranks:
@@ -267,9 +274,8 @@ class Runtime:
                     return Batch(pool, tasks)
                 continue
             wait_s = min((pool.next_event(now) for pool in pools), default=math.inf) - now
-            with self._wake:
-                if self._submissions == seen and not self._stopping:
-                    self._wake.wait(None if wait_s == math.inf else max(0.0, wait_s))
+            with contextlib.suppress(queue.Empty):
+                self._signals.get(timeout=None if wait_s == math.inf else max(0.0, wait_s))
 
 
 def _tell(tasks: list[Task], error: MoEError) -> None:

@@ -6,7 +6,6 @@ network, or what the tensors mean. It *is* no process or thread (in hivemind eac
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
@@ -136,7 +135,7 @@ class TaskPool:
         self._tasks: dict[int, Task] = {}
         self._closed: MoEError | None = None
         self._on_submit: Callable[[TaskPool], None] | None = None
-        self._done = PoolStatistics()
+        self._batches = self._resolved = self._rows = self._failed = 0
         self._this = weakref.ref(self)  # for futures, which are kept longer than a pool that leaves the server
 
     def __repr__(self) -> str:
@@ -179,8 +178,7 @@ class TaskPool:
     def statistics(self) -> PoolStatistics:
         """Counters, and how many tasks wait."""
         with self._lock:
-            done = self._done
-            return PoolStatistics(done.tasks, done.rows, done.batches, done.failed, len(self._queue))
+            return PoolStatistics(self._resolved, self._rows, self._batches, self._failed, len(self._queue))
 
     @property
     def empty(self) -> bool:
@@ -233,7 +231,7 @@ class TaskPool:
         """Take the next batch; tasks whose callers have cancelled are left out. May be empty."""
         with self._lock:
             batch = [self._tasks.pop(waiting.rank.number) for waiting in self._queue.take(now)]
-            self._done = _count(self._done, batches=1)
+            self._batches += 1
         running = [task for task in batch if task.future.set_running_or_notify_cancel()]
         for task in running:
             task.started_at = now
@@ -253,21 +251,22 @@ class TaskPool:
             logger.exception("%s: a batch failed as a whole", self.name)
             outcomes = [ExpertFailed(f"the batch failed: {type(e).__name__}")] * len(batch)
         for task, outcome in zip(batch, outcomes):
-            self._resolve(task, outcome)
+            self._resolve(task, outcome)  # the last thing done with it: wakes who waits, who may want the GIL
 
     def _resolve(self, task: Task, outcome: TaskResult | BaseException) -> None:
         task.finished_at = self._clock()
         failed = isinstance(outcome, BaseException)
         with self._lock:
-            if failed:
-                self._done = _count(self._done, failed=1)
-            else:
-                self._done = _count(self._done, tasks=1, rows=task.rows)
-        with contextlib.suppress(InvalidStateError):  # its caller has cancelled it in the meantime
+            self._failed += failed
+            self._resolved += not failed
+            self._rows += 0 if failed else task.rows
+        try:
             if isinstance(outcome, BaseException):
                 task.future.set_exception(outcome)
             else:
                 task.future.set_result(outcome)
+        except InvalidStateError:
+            pass  # its caller has cancelled it in the meantime
 
 
 def _forget(pool_ref: weakref.ref[TaskPool], number: int) -> None:
@@ -282,9 +281,3 @@ def _forget(pool_ref: weakref.ref[TaskPool], number: int) -> None:
 def _another(error: MoEError) -> MoEError:
     """A copy to raise: one object raised again and again would remember the frames of all who were told."""
     return type(error)(error.message, peer=error.peer, uid=error.uid)
-
-
-def _count(
-    stats: PoolStatistics, *, tasks: int = 0, rows: int = 0, batches: int = 0, failed: int = 0
-) -> PoolStatistics:
-    return PoolStatistics(stats.tasks + tasks, stats.rows + rows, stats.batches + batches, stats.failed + failed)

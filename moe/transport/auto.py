@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Protocol
 
 from moe.config import TRANSPORTS
 from moe.errors import MoEError
 from moe.expert_uid import PeerIDLike
-from moe.transport.base import Call, Reply, within
+from moe.transport.base import Call, CallBlocking, Reply, within
 from moe.transport.direct import DirectClient, dial
 from moe.transport.link import LinkSocket
 from moe.transport.tickets import Ticket
@@ -68,15 +69,22 @@ class AutoTransport:
 
     async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
         """See ExpertTransport."""
-        begin = asyncio.get_running_loop().time()
-        link = None
-        if self.mode != "libp2p" and call.header is not None:  # a stock peer has no direct link
-            link = self._links.get(peer.to_base58()) or await self._connect(peer, timeout_s)
+        if self.mode == "libp2p" or call.header is None:  # a stock peer has no direct link
+            return await self.fallback.call(peer, call, timeout_s=timeout_s)
+        link = self._links.get(peer.to_base58())
         if link is not None:
-            left_s = None if timeout_s is None else timeout_s - (asyncio.get_running_loop().time() - begin)
+            return await link.call(call, timeout_s)
+        begin = time.monotonic()
+        link = await self._connect(peer, timeout_s)
+        left_s = None if timeout_s is None else timeout_s - (time.monotonic() - begin)
+        if link is not None:
             return await link.call(call, left_s)
-        left_s = None if timeout_s is None else timeout_s - (asyncio.get_running_loop().time() - begin)
         return await self.fallback.call(peer, call, timeout_s=left_s)
+
+    def blocking(self, peer: PeerIDLike) -> CallBlocking | None:
+        """See BlockingCalls: over a link that is there."""
+        link = self._links.get(peer.to_base58())
+        return link.call_blocking if link is not None and link.takes_blocking_calls else None
 
     async def close(self) -> None:
         """Close all links, and libp2p."""

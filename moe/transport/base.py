@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -61,6 +61,10 @@ class Reply:
     codecs: Sequence[int] = ()
 
 
+CallBlocking = Callable[[Call, "float | None"], Reply]
+"""(call, timeout_s) -> reply; raises what ``ExpertTransport.call`` does."""
+
+
 class ExpertTransport(Protocol):
     """The client's side. All methods run in the client's event loop."""
 
@@ -74,6 +78,15 @@ class ExpertTransport(Protocol):
 
     async def close(self) -> None:
         """Drop all connections."""
+        ...
+
+
+@runtime_checkable
+class BlockingCalls(Protocol):
+    """What an ExpertTransport may offer besides: calls by a thread that waits for them, without the event loop's help."""
+
+    def blocking(self, peer: PeerIDLike) -> CallBlocking | None:
+        """``ExpertTransport.call`` for the thread that asks; None if calls of this peer must be made in the event loop."""
         ...
 
 
@@ -91,8 +104,17 @@ class Admission(Protocol):
         """Serve the request. Cancelling withdraws it."""
         ...
 
+    def start(self, tensors: Sequence[torch.Tensor], answer: Callable[[Reply | MoEError], None]) -> bool:
+        """``run`` without a coroutine, where one task is all there is to do.
+
+        :param answer: gets the reply, or the error, from whichever thread has it; maybe more than once, the first one counts
+        :returns: False if the request has to be run
+        :raises MoEError: it is refused
+        """
+        ...
+
     def release(self) -> None:
-        """Give back what the admission holds. Called exactly once, whatever happens."""
+        """Give back what the admission holds, and withdraw what was started. Called exactly once, whatever happens."""
         ...
 
 

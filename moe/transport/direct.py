@@ -25,13 +25,14 @@ import shutil
 import socket
 import ssl
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from moe.errors import ConnectError, MoEError, PeerGone, ProtocolError
+from moe.errors import CallTimeout, ConnectError, MoEError, PeerGone, ProtocolError
 from moe.schema import Compression
 from moe.transport.base import Admission, Call, ExpertService, Reply, answered_within
 from moe.transport.link import Link, LinkSocket
@@ -60,6 +61,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKES = 64  # strangers being listened to at one time
 MAX_LINKS_PER_PEER = 8
 _HELLO_BYTES = HEADER_BYTES + SECRET_BYTES
+_NOTHING = memoryview(b"")
 _SMALL_BYTES = 2**16  # tensors up to this are (de)coded in the event loop
 
 # --- handshakes: blocking, each in a thread, before a socket becomes a Link ----------------------------------------------
@@ -178,10 +180,11 @@ def make_tls_context(directory: pathlib.Path) -> tuple[ssl.SSLContext, bytes]:
 # --- calls over a link -----------------------------------------------------------------------------------------------------
 
 
-def allocate(heads: Sequence[TensorHead]) -> tuple[list[torch.Tensor], list[memoryview]]:
-    """Memory for tensors that are about to arrive, aligned as torch aligns its own, and views to read into."""
-    stores = [torch.empty(head.size_bytes, dtype=torch.uint8) for head in heads]
-    return stores, [store.numpy().data if len(store) else memoryview(b"") for store in stores]
+def allocate(heads: Sequence[TensorHead]) -> list[memoryview]:
+    """Memory to read tensors into that are about to arrive, aligned as torch aligns its own."""
+    return [
+        torch.empty(head.size_bytes, dtype=torch.uint8).numpy().data if head.size_bytes else _NOTHING for head in heads
+    ]
 
 
 def _restore(heads: Sequence[TensorHead], views: Sequence[memoryview]) -> list[torch.Tensor]:
@@ -207,8 +210,66 @@ class _Arriving(NamedTuple):
     views: list[memoryview]
 
 
+class _ThreadsAnswer:
+    """What a thread waits for: a concurrent Future without its costs. Given in the event loop only."""
+
+    __slots__ = ("_arrived", "_error", "_given")
+
+    def __init__(self) -> None:
+        self._given = threading.Lock()
+        self._given.acquire()
+        self._arrived: _Arriving | None = None
+        self._error: MoEError | None = None
+
+    def done(self) -> bool:
+        """True if it was given."""
+        return self._arrived is not None or self._error is not None
+
+    def set_result(self, arrived: _Arriving) -> None:
+        """The reply is there."""
+        self._arrived = arrived
+        self._given.release()
+
+    def set_exception(self, error: MoEError) -> None:
+        """There will be none."""
+        self._error = error
+        self._given.release()
+
+    def wait(self, timeout_s: float | None) -> _Arriving | None:
+        """What was given; None if nothing was in time."""
+        if not self._given.acquire(
+            timeout=-1 if timeout_s is None else min(max(0.0, timeout_s), threading.TIMEOUT_MAX)
+        ):
+            return None
+        if self._error is not None:
+            raise self._error
+        return self._arrived
+
+
+class _Waiting:
+    """A call whose reply is waited for.
+
+    :ivar answered: what the waiting one waits for: a coroutine, or a thread
+    :ivar max_bytes: of the reply's tensors
+    """
+
+    __slots__ = ("answered", "arriving", "max_bytes")
+
+    def __init__(self, answered: asyncio.Future[_Arriving] | _ThreadsAnswer, max_bytes: int):
+        self.answered, self.max_bytes = answered, max_bytes
+        self.arriving: _Arriving | None = None
+
+    def fail(self, error: MoEError) -> None:
+        """There will be no reply."""
+        if not self.answered.done():
+            self.answered.set_exception(error)
+
+
 class DirectClient:
     """The client's end of one link: sends calls, matches replies. Lives until the link is lost.
+
+    A call is made by a coroutine of the event loop (``call``), or by any other thread (``call_blocking``), which writes its
+    request and reads its reply's tensors itself: two changes of thread less, of which each costs as much as all the rest.
 
     :param on_lost: called once
     """
@@ -217,10 +278,15 @@ class DirectClient:
         self.peer = peer
         self._on_lost = on_lost
         self._numbers = itertools.cycle(range(1, 2**32))
-        self._waiting: dict[int, asyncio.Future[_Arriving]] = {}
-        self._arriving: dict[int, _Arriving] = {}
-        self._limits: dict[int, int] = {}
-        self.link = Link(asyncio.get_running_loop(), sock, peer, self)
+        self._waiting: dict[int, _Waiting] = {}
+        self._loop, self._pid, self._thread = asyncio.get_running_loop(), os.getpid(), threading.get_ident()
+        self.link = Link(self._loop, sock, peer, self)
+        self._guard = self._loop.create_task(self._end_with_loop())
+
+    @property
+    def takes_blocking_calls(self) -> bool:
+        """False in the event loop's own thread, which may not wait for itself, and in a process that was forked."""
+        return threading.get_ident() != self._thread and os.getpid() == self._pid and not self.link.closed
 
     async def call(self, call: Call, timeout_s: float | None) -> Reply:
         """Carry one call.
@@ -228,36 +294,63 @@ class DirectClient:
         :raises PeerGone: the link broke meanwhile
         :raises CallTimeout: no reply in time; the server is told
         """
-        lossy = any(call.codecs)
         encoded: list[EncodedTensor] = await _maybe_in_thread(  # type: ignore[assignment]
-            lossy, call.request_bytes, _encode, call.tensors, call.codecs
+            any(call.codecs), call.request_bytes, _encode, call.tensors, call.codecs
         )
-        header = encode_header(call.header) if call.header is not None else b""
-        opening = Opening(call.method, call.uid, header, tuple(map(TensorHead.of, encoded)))
-        number = next(self._numbers)
-        answered: asyncio.Future[_Arriving] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answered
-        self._limits[number] = 4 * call.reply_bytes + 2**26
+        number, answered = next(self._numbers), self._loop.create_future()
+        self._waiting[number] = _Waiting(answered, _max_reply_bytes(call))
         try:
-            self.link.send(number, opening, encoded)
+            self.link.send(number, _opening(call, encoded), encoded)
             arrived = await answered_within(answered, timeout_s, f"{call.method} of {call.uid}", self.peer)
         except BaseException:
             self.link.cancel(number)
             raise
         finally:
             self._waiting.pop(number, None)
-            self._arriving.pop(number, None)
-            self._limits.pop(number, None)
-        reply_header = decode_reply_header(arrived.opening.header)
-        if reply_header is not None and reply_header.error is not None:
-            self.link.cancel(number)  # what is left of the request is not wanted
-            raise reply_header.error.to_exception(peer=self.peer, uid=call.uid)
+        header = self._header(number, call, arrived)
         heads = arrived.opening.tensors
         size_bytes = sum(head.size_bytes for head in heads)
         tensors: list[torch.Tensor] = await _maybe_in_thread(  # type: ignore[assignment]
             any(head.codec for head in heads), size_bytes, _restore, heads, arrived.views
         )
-        return Reply(reply_header, tensors)
+        return Reply(header, tensors)
+
+    def call_blocking(self, call: Call, timeout_s: float | None) -> Reply:
+        """``call`` by a thread that waits; see ``takes_blocking_calls``."""
+        encoded = _encode(call.tensors, call.codecs)
+        number = next(self._numbers)
+        answered = _ThreadsAnswer()
+        self._waiting[number] = _Waiting(answered, _max_reply_bytes(call))
+        try:
+            self.link.send(number, _opening(call, encoded), encoded)
+            arrived = answered.wait(timeout_s)
+            if arrived is None:
+                raise CallTimeout(f"{call.method} of {call.uid}: no answer within {timeout_s:.3g} s", peer=self.peer)
+        except BaseException:
+            self._cancel_soon(number)
+            raise
+        finally:
+            self._waiting.pop(number, None)
+        header = self._header(number, call, arrived)
+        return Reply(header, _restore(arrived.opening.tensors, arrived.views))
+
+    def _header(self, number: int, call: Call, arrived: _Arriving) -> ReplyHeader | None:
+        header = decode_reply_header(arrived.opening.header)
+        if header is not None and header.error is not None:
+            self._cancel_soon(number)  # what is left of the request is not wanted
+            raise header.error.to_exception(peer=self.peer, uid=call.uid)
+        return header
+
+    def _cancel_soon(self, number: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the link with it
+            self._loop.call_soon_threadsafe(self.link.cancel, number)
+
+    async def _end_with_loop(self) -> None:
+        """Threads that wait are told when the event loop is stopped, which cancels all that runs in it."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.link.close()
 
     def close(self) -> None:
         """Drop the link."""
@@ -267,38 +360,57 @@ class DirectClient:
 
     def opened(self, link: Link, call: int, opening: Opening) -> list[memoryview] | None:
         """A reply begins."""
-        if call not in self._waiting:
+        waiting = self._waiting.get(call)
+        if waiting is None:
             return None  # its caller has given up
-        if sum(head.size_bytes for head in opening.tensors) > self._limits[call]:
+        if sum(head.size_bytes for head in opening.tensors) > waiting.max_bytes:
             raise ProtocolError("a reply much larger than the call can have", peer=self.peer)
-        _, views = allocate(opening.tensors)
-        self._arriving[call] = _Arriving(opening, views)
+        views = allocate(opening.tensors)
+        waiting.arriving = _Arriving(opening, views)
         return views
 
     def completed(self, link: Link, call: int) -> None:
         """A reply is there."""
-        answered, arrived = self._waiting.get(call), self._arriving.get(call)
-        if answered is not None and arrived is not None and not answered.done():
-            answered.set_result(arrived)
+        waiting = self._waiting.get(call)
+        if waiting is not None and waiting.arriving is not None and not waiting.answered.done():
+            waiting.answered.set_result(waiting.arriving)
 
     def cancelled(self, link: Link, call: int) -> None:
         """The server will not answer."""
-        answered = self._waiting.get(call)
-        if answered is not None and not answered.done():
-            answered.set_exception(PeerGone("the server has dropped the call", peer=self.peer))
+        waiting = self._waiting.get(call)
+        if waiting is not None:
+            waiting.fail(PeerGone("the server has dropped the call", peer=self.peer))
 
     def lost(self, link: Link, error: MoEError) -> None:
         """Nobody may go on waiting."""
-        for answered in self._waiting.values():
-            if not answered.done():
-                answered.set_exception(PeerGone(error.message, peer=self.peer))
+        self._guard.cancel()
+        for waiting in list(self._waiting.values()):
+            waiting.fail(PeerGone(error.message, peer=self.peer))
         self._on_lost(self)
 
 
-class _Serving(NamedTuple):
-    opening: Opening
-    views: list[memoryview]
-    admission: Admission
+def _opening(call: Call, encoded: Sequence[EncodedTensor]) -> Opening:
+    header = encode_header(call.header) if call.header is not None else b""
+    return Opening(call.method, call.uid, header, tuple(map(TensorHead.of, encoded)))
+
+
+def _max_reply_bytes(call: Call) -> int:
+    return 4 * call.reply_bytes + 2**26
+
+
+class _Serving:
+    """A request that is being received or served.
+
+    :ivar unanswered: whoever gets it answers
+    :ivar task: what serves it, if that takes a coroutine
+    """
+
+    __slots__ = ("admission", "opening", "task", "unanswered", "views")
+
+    def __init__(self, opening: Opening, views: list[memoryview], admission: Admission):
+        self.opening, self.views, self.admission = opening, views, admission
+        self.unanswered = threading.Lock()
+        self.task: asyncio.Task[None] | None = None
 
 
 class _ServerLink:
@@ -307,20 +419,21 @@ class _ServerLink:
     def __init__(self, sock: LinkSocket, peer: str, service: ExpertService, on_lost: Callable[[_ServerLink], None]):
         self.peer, self._service, self._on_lost = peer, service, on_lost
         self._arriving: dict[int, _Serving] = {}
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self.link = Link(asyncio.get_running_loop(), sock, peer, self, service.read_timeout_s)
+        self._serving: dict[int, _Serving] = {}
+        self._loop = asyncio.get_running_loop()
+        self.link = Link(self._loop, sock, peer, self, service.read_timeout_s)
 
     @property
     def busy(self) -> bool:
         """True while somebody waits for an answer, or one is on its way."""
-        return bool(self._tasks) or self.link.sending
+        return bool(self._serving) or self.link.sending
 
     def close(self) -> None:
         self.link.close()
 
     def opened(self, link: Link, call: int, opening: Opening) -> list[memoryview] | None:
         """A request begins: admit it by its header and tensor heads, before memory is taken."""
-        if call in self._tasks or call in self._arriving:
+        if call in self._serving or call in self._arriving:
             raise ProtocolError(f"call {call} begins a second time", peer=self.peer)
         admission: Admission | None = None
         try:
@@ -336,35 +449,46 @@ class _ServerLink:
                 admission.release()
             self._refuse(call, e)
             return None
-        _, views = allocate(opening.tensors)
+        views = allocate(opening.tensors)
         self._arriving[call] = _Serving(opening, views, admission)
         return views
 
     def completed(self, link: Link, call: int) -> None:
         """A request is there."""
         serving = self._arriving.pop(call, None)
-        if serving is not None:
-            task = asyncio.get_running_loop().create_task(self._serve(call, serving))
-            self._tasks[call] = task
-            task.add_done_callback(lambda _: self._tasks.pop(call, None))
+        if serving is None:
+            return
+        self._serving[call] = serving
+        heads = serving.opening.tensors
+        try:
+            lossy = any(head.codec for head in heads)
+            if not lossy and serving.admission.start(
+                _restore(heads, serving.views), partial(self._answer_anywhere, call, serving)
+            ):
+                return
+        except MoEError as e:
+            self._answer(call, serving, e, [])
+            return
+        serving.task = self._loop.create_task(self._serve(call, serving))
 
     def cancelled(self, link: Link, call: int) -> None:
         """Nobody waits for the answer."""
-        serving = self._arriving.pop(call, None)
+        serving = self._arriving.pop(call, None) or self._serving.get(call)
         if serving is not None:
-            serving.admission.release()
-        task = self._tasks.get(call)
-        if task is not None:
-            task.cancel()
+            self._withdraw(call, serving)
 
     def lost(self, link: Link, error: MoEError) -> None:
         """The peer has gone: withdraw everything."""
-        for serving in self._arriving.values():
-            serving.admission.release()
+        for call, serving in (*self._arriving.items(), *self._serving.items()):
+            self._withdraw(call, serving)
         self._arriving.clear()
-        for task in list(self._tasks.values()):
-            task.cancel()
         self._on_lost(self)
+
+    def _withdraw(self, call: int, serving: _Serving) -> None:
+        if serving.task is not None:
+            serving.task.cancel()
+        elif serving.unanswered.acquire(blocking=False):  # else it is being answered
+            self._done(call, serving)
 
     async def _serve(self, call: int, serving: _Serving) -> None:
         heads = serving.opening.tensors
@@ -377,12 +501,52 @@ class _ServerLink:
             encoded: list[EncodedTensor] = await _maybe_in_thread(  # type: ignore[assignment]
                 any(reply.codecs), sum(t.nbytes for t in reply.tensors), _encode, reply.tensors, reply.codecs
             )
-            header = encode_header(reply.header or ReplyHeader())
-            self.link.send(call, Opening("", "", header, tuple(map(TensorHead.of, encoded))), encoded)
+            self._send(call, reply, encoded)
         except MoEError as e:
             self._refuse(call, e)
         finally:
-            serving.admission.release()
+            self._done(call, serving)
+
+    def _answer_anywhere(self, call: int, serving: _Serving, outcome: Reply | MoEError) -> None:
+        """Answer a request that was started, from any thread. Large answers are the event loop's: to send one takes long."""
+        if not serving.unanswered.acquire(blocking=False):
+            return
+        encoded: list[EncodedTensor] = []
+        if isinstance(outcome, Reply):
+            try:
+                encoded = _encode(outcome.tensors, outcome.codecs)
+            except Exception as e:  # whatever a module has returned, there is an answer
+                logger.exception("an answer cannot be sent")
+                outcome = ProtocolError(f"the answer cannot be sent: {type(e).__name__}")
+        try:
+            if sum(len(tensor.buffer) for tensor in encoded) > _SMALL_BYTES:
+                self._loop.call_soon_threadsafe(self._answer, call, serving, outcome, encoded)
+            else:
+                self._say(call, outcome, encoded)
+                self._loop.call_soon_threadsafe(self._done, call, serving)
+        except RuntimeError:
+            pass  # the loop is closed: the server stops
+
+    def _answer(self, call: int, serving: _Serving, outcome: Reply | MoEError, encoded: list[EncodedTensor]) -> None:
+        self._say(call, outcome, encoded)
+        self._done(call, serving)
+
+    def _say(self, call: int, outcome: Reply | MoEError, encoded: list[EncodedTensor]) -> None:
+        try:
+            if isinstance(outcome, Reply):
+                self._send(call, outcome, encoded)
+                return
+        except MoEError as e:  # too large a header; or the link is lost, and nobody is told
+            outcome = e
+        self._refuse(call, outcome)
+
+    def _send(self, call: int, reply: Reply, encoded: list[EncodedTensor]) -> None:
+        header = encode_header(reply.header or ReplyHeader())
+        self.link.send(call, Opening("", "", header, tuple(map(TensorHead.of, encoded))), encoded)
+
+    def _done(self, call: int, serving: _Serving) -> None:
+        self._serving.pop(call, None)
+        serving.admission.release()
 
     def _refuse(self, call: int, error: MoEError) -> None:
         logger.debug("refused call %d of %s: %r", call, self.peer, error)

@@ -11,9 +11,11 @@ something waits to be sent, is cut off; other links do not notice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 SOCKET_BUFFER_BYTES = 2**22  # asked of the kernel, which may give less
 _TURN_BYTES = 2**22  # read or written before other links get their turn
+_MAX_VIEWS = 16  # given to the kernel at a time
 _SCRATCH = memoryview(bytearray(2**16))  # where bytes of cancelled calls go
 _MAX_UNWANTED_BYTES = 2**28  # a peer that goes on sending what was refused or cancelled is cut off after so much
 
@@ -82,14 +85,14 @@ class _Outgoing:
 
     def __init__(self, call: int, buffers: Sequence[memoryview]):
         self.call = call
-        self.buffers = deque(view for view in buffers if len(view))
+        self.buffers = deque(buffers)
         self.sent = 0  # of the first of them
 
 
 class Link:
     """One connection, both directions.
 
-    :param loop: the event loop; all methods are called in it
+    :param loop: the event loop; all methods but ``send`` are called in it, and the link is made in it
     :param sock: connected, authenticated; becomes the link's own
     :param peer: whose it is
     :param stall_timeout_s: see above
@@ -119,8 +122,11 @@ class Link:
         self._writing: list[memoryview] = []  # frames being written, in order
         self._unwanted_bytes = 0
         self._writer_registered = False
+        self._progress = False  # something was written since the stall timer was last looked at
         self._stall_timer: asyncio.TimerHandle | None = None
         self.closed = False
+        self._thread = threading.get_ident()
+        self._sending = threading.RLock()  # held to change what is to be written, to write it, and to close the socket
         loop.add_reader(sock, self._on_readable)
 
     def __repr__(self) -> str:
@@ -138,15 +144,34 @@ class Link:
     def send(self, call: int, opening: Opening, tensors: Sequence[EncodedTensor]) -> None:
         """Begin to send a call, or the reply to one. The tensors' memory must not change until they are through.
 
+        Of any thread: the one that has something to say writes it; a TLS connection is the event loop's alone.
+
         :raises PeerGone: the link is closed
         """
-        if self.closed:
-            raise PeerGone("the direct link is closed", peer=self.peer)
-        self._urgent.append(encode_frame(OPEN, call, encode_opening(opening)))
-        outgoing = _Outgoing(call, [memoryview(tensor.buffer) for tensor in tensors])
-        if outgoing.buffers:
-            self._outgoing.append(outgoing)
-        self._pump()
+        frame = encode_frame(OPEN, call, encode_opening(opening))
+        buffers = [view for view in (memoryview(tensor.buffer) for tensor in tensors) if len(view)]
+        size = sum(map(len, buffers))
+        with self._sending:
+            if self.closed:
+                raise PeerGone("the direct link is closed", peer=self.peer)
+            if 0 < size <= MAX_CHUNK_BYTES and len(buffers) < _MAX_VIEWS and not self.sending:  # no need to take turns
+                self._writing += [memoryview(frame + HEADER.pack(DATA, call, size)), *buffers]
+            else:
+                self._urgent.append(frame)
+                if buffers:
+                    self._outgoing.append(_Outgoing(call, buffers))
+            if threading.get_ident() == self._thread:
+                self._pump()
+                return
+            if not self._tls:
+                with contextlib.suppress(OSError):  # the event loop will find the same
+                    self._write()
+            rest = self.sending
+        if rest:
+            try:
+                self._loop.call_soon_threadsafe(self._pump)
+            except RuntimeError:
+                raise PeerGone("the event loop of the direct link has ended", peer=self.peer) from None
 
     def cancel(self, call: int) -> None:
         """Stop sending and receiving a call, and tell the other side, which does the same and confirms."""
@@ -158,58 +183,75 @@ class Link:
         if incoming is not None:  # it goes on arriving until the confirmation, but no memory is held for it
             left = sum(map(len, incoming.buffers)) - incoming.filled
             incoming.buffers, incoming.filled, incoming.unwanted = deque([_Unwanted(left)]), 0, True
-        self._urgent.append(encode_frame(CANCEL, call))
-        self._pump()
+        self._send_cancel(call)
+
+    def _send_cancel(self, call: int) -> None:
+        with self._sending:
+            self._urgent.append(encode_frame(CANCEL, call))
+            self._pump()
 
     def _stop_sending(self, call: int) -> None:
-        self._outgoing = deque(outgoing for outgoing in self._outgoing if outgoing.call != call)
+        with self._sending:
+            self._outgoing = deque(outgoing for outgoing in self._outgoing if outgoing.call != call)
 
     def close(self, error: MoEError | None = None) -> None:
         """End the link. What was being sent or received is lost."""
-        if self.closed:
-            return
-        self.closed = True
-        self._loop.remove_reader(self._sock)
-        if self._writer_registered:
-            self._loop.remove_writer(self._sock)
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-        self._sock.close()
+        with self._sending:
+            if self.closed:
+                return
+            self.closed = True
+            self._loop.remove_reader(self._sock)
+            if self._writer_registered:
+                self._loop.remove_writer(self._sock)
+            if self._stall_timer is not None:
+                self._stall_timer.cancel()
+            self._sock.close()
+            self._outgoing.clear()
+            self._urgent.clear()
+            self._writing.clear()
         self._incoming.clear()
-        self._outgoing.clear()
-        self._urgent.clear()
-        self._writing.clear()
         self._owner.lost(self, error or PeerGone("the direct link was closed", peer=self.peer))
 
     def _pump(self) -> None:
         """Write as much as the socket takes now; the rest when it says that it takes more."""
-        left = _TURN_BYTES
+        if self.closed:
+            return
         try:
-            while left > 0 and (self._writing or self._refill()):
-                sent = self._send_some()
-                left -= sent
-                self._skip(sent)
-                self._arm_stall_timer(restart=True)
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError, InterruptedError):
-            pass
+            with self._sending:
+                self._write()
+                more, progress, self._progress = self.sending, self._progress, False
         except OSError as e:
             self.close(PeerGone(f"the direct link broke: {e!r}", peer=self.peer))
             return
-        more = self.sending
         if more != self._writer_registered:
             self._writer_registered = more
             if more:
                 self._loop.add_writer(self._sock, self._pump)
             else:
                 self._loop.remove_writer(self._sock)
-        self._arm_stall_timer(restart=False)
+        self._arm_stall_timer(restart=progress)
+
+    def _write(self) -> None:
+        """Write as much as the socket takes now, of whichever thread holds the lock."""
+        left = _TURN_BYTES
+        try:
+            while left > 0 and (self._writing or self._refill()):
+                sent = self._send_some()
+                left -= sent
+                self._skip(sent)
+                self._progress = True
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError, InterruptedError):
+            pass
 
     def _send_some(self) -> int:
         if isinstance(self._sock, ssl.SSLSocket):
             return self._sock.send(self._writing[0])
-        return self._sock.sendmsg(self._writing[:16])
+        return self._sock.sendmsg(self._writing[:_MAX_VIEWS])
 
     def _skip(self, sent: int) -> None:
+        if sent == sum(map(len, self._writing)):
+            self._writing.clear()
+            return
         while sent:
             first = self._writing[0]
             if sent < len(first):
@@ -235,7 +277,7 @@ class Link:
     def _next_chunk(self, outgoing: _Outgoing) -> tuple[list[memoryview], int]:
         views: list[memoryview] = []
         size = 0
-        while outgoing.buffers and size < MAX_CHUNK_BYTES and len(views) < 8:
+        while outgoing.buffers and size < MAX_CHUNK_BYTES and len(views) < _MAX_VIEWS // 2:
             first = outgoing.buffers[0]
             part = first[outgoing.sent : outgoing.sent + MAX_CHUNK_BYTES - size]
             views.append(part)
@@ -288,8 +330,7 @@ class Link:
                 self._cancelling.discard(frame.call)
                 return
             self._stop_sending(frame.call)
-            self._urgent.append(encode_frame(CANCEL, frame.call))
-            self._pump()
+            self._send_cancel(frame.call)
             self._owner.cancelled(self, frame.call)
             return
         if frame.call in self._incoming:

@@ -141,7 +141,7 @@ class FrameParser:
         self._staging = bytearray(_STAGING_BYTES)
         self._view = memoryview(self._staging)
         self._begin = self._end = 0  # unparsed bytes in staging
-        self._payload: bytearray | None = None  # of a frame longer than what has been read of it
+        self._payload = bytearray()  # of a frame longer than what has been read of it
         self._head: tuple[int, int] | None = None  # kind and call of the frame being read
         self._left = 0  # payload bytes of it still to come
         self._direct = False  # the last buffer() was a tensor's own memory
@@ -174,48 +174,40 @@ class FrameParser:
                 self._head = None
             return
         self._end += count
-        while self._step():
-            pass
+        while (available := self._end - self._begin) >= (HEADER_BYTES if self._head is None else 1):
+            if self._head is None:
+                kind, call, length = HEADER.unpack_from(self._staging, self._begin)
+                self._check_frame(kind, length)
+                self._begin += HEADER_BYTES
+                available -= HEADER_BYTES
+                if length <= available and kind != DATA:  # all of it is here, as nearly always
+                    self._begin += length
+                    self._on_frame(Frame(kind, call, bytes(self._view[self._begin - length : self._begin])))
+                    continue
+                self._head, self._left = (kind, call), length
+            self._take(available)
 
-    def _step(self) -> bool:
-        """Take one piece out of staging; False if it does not hold enough."""
-        available = self._end - self._begin
-        if self._head is None:
-            if available < HEADER_BYTES:
-                return False
-            self._start_frame(*HEADER.unpack_from(self._staging, self._begin))
-            self._begin += HEADER_BYTES
-            if self._left == 0:
-                self._finish_frame(b"")
-            return True
-        if available == 0:
-            return False
+    def _take(self, available: int) -> None:
+        """Take what there is of the frame at hand out of staging."""
+        assert self._head is not None
         kind, call = self._head
-        if kind == DATA:
-            room = self._sink.room_for(call, min(available, self._left))
+        count = min(available, self._left)
+        if kind != DATA:
+            self._payload += self._view[self._begin : self._begin + count]
+        elif count:
+            room = self._sink.room_for(call, count)
             count = len(room)
             room[:] = self._view[self._begin : self._begin + count]
             self._sink.filled(call, count)
-        else:
-            count = min(available, self._left)
-            if self._payload is None:
-                self._payload = bytearray()
-            self._payload += self._view[self._begin : self._begin + count]
         self._begin += count
         self._left -= count
         if self._left == 0:
-            self._finish_frame(bytes(self._payload or b""))
-        return True
+            payload, self._head, self._payload = bytes(self._payload), None, bytearray()
+            if kind != DATA:
+                self._on_frame(Frame(kind, call, payload))
 
-    def _start_frame(self, kind: int, call: int, length: int) -> None:
+    def _check_frame(self, kind: int, length: int) -> None:
         if kind not in self.allowed:
             raise ProtocolError(f"a frame of type {kind}, expected one of {sorted(self.allowed)}")
         if length > _MAX_PAYLOAD[kind]:
             raise ProtocolError(f"a frame of type {kind} with {length} bytes, at most {_MAX_PAYLOAD[kind]} are allowed")
-        self._head, self._left, self._payload = (kind, call), length, None
-
-    def _finish_frame(self, payload: bytes) -> None:
-        assert self._head is not None
-        (kind, call), self._head = self._head, None
-        if kind != DATA:
-            self._on_frame(Frame(kind, call, payload))

@@ -75,7 +75,7 @@ def count_values(shape: Sequence[int]) -> int:
 
     :raises ProtocolError: if it is no shape a tensor can have
     """
-    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
+    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0:
         raise ProtocolError(f"impossible tensor shape {tuple(shape[:MAX_DIMENSIONS])}")
     numel = math.prod(shape)
     if numel >= 2**62:
@@ -114,7 +114,9 @@ def check_codec_available(codec: int) -> None:
 def _raw_view(tensor: torch.Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    if tensor.dtype == torch.bfloat16:  # NumPy has none
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().data.cast("B")
 
 
 def _decode_raw(encoded: EncodedTensor, dtype: torch.dtype, numel: int, size_bytes: int) -> torch.Tensor:

@@ -20,7 +20,9 @@ from moe.schema import BatchTensorProto, TensorProto
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.server.runtime import Runtime
-from moe.transport.base import Call, Reply
+from moe.testing import FaultPlan, FaultyTransport
+from moe.transport.base import Call, CallBlocking, ExpertTransport, Reply
+from moe.transport.event_loop import client_loop
 from moe.transport.memory import MemoryPeer, MemoryTransport
 from moe.wire.messages import ExpertDescription
 
@@ -178,3 +180,18 @@ class Swarm(AbstractContextManager["Swarm"]):
         return cls(
             dht=self.transport, uid_prefix=PREFIX, grid_size=self.search.grid_size, beam_search=self.search, **options
         )
+
+
+class Blocking(FaultyTransport):
+    """Carries calls of threads that wait, too, as the direct link does."""
+
+    def __init__(self, inner: ExpertTransport) -> None:
+        super().__init__(inner, FaultPlan())
+        self.carried: list[Call] = []
+
+    def blocking(self, peer: PeerIDLike) -> CallBlocking:
+        def carry(call: Call, timeout_s: float | None) -> Reply:
+            self.carried.append(call)
+            return client_loop().run(self.inner.call(peer, call, timeout_s=timeout_s))
+
+        return carry

@@ -36,6 +36,7 @@ from moe.testing import FaultPlan, FaultyTransport, MemoryPeer, MemorySwarm, mem
 from moe.transport.base import BACKWARD, FORWARD, Budget, Call, Reply
 from moe.transport.event_loop import client_loop
 from moe.wire.messages import ExpertDescription
+from tests.client.memory_swarm import Blocking
 from tests.experts import (
     HIDDEN,
     LoraExpert,
@@ -60,13 +61,28 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return client_loop().run(coroutine, WAIT_S)
 
 
+@pytest.fixture(params=["of the event loop", "of the thread that waits"], autouse=True)
+def whose(request: pytest.FixtureRequest) -> str:
+    """Whose calls they are: all that is said here of one way holds for both."""
+    Way.blocking = request.param == "of the thread that waits"
+    return str(request.param)
+
+
+class Way:
+    blocking = False
+
+
 def caller_of(swarm: MemorySwarm, config: ClientConfig = QUICK, uid: str = UID) -> ExpertCaller:
-    return ExpertCaller(uid, [server.peer for server in swarm.servers], swarm.transport, config)
+    transport = Blocking(swarm.transport) if Way.blocking else swarm.transport
+    return ExpertCaller(uid, [server.peer for server in swarm.servers], transport, config)
 
 
 def forward(
     caller: ExpertCaller, *tensors: torch.Tensor, present: tuple[str, ...] = (), total_s: float = WAIT_S
 ) -> Any:
+    if Way.blocking:
+        run(caller.describe(Budget(total_s)))
+        return caller.forward_blocking(tensors, present, Budget(total_s))
     return run(caller.forward(tensors, present, Budget(total_s)))
 
 
@@ -79,6 +95,9 @@ def backward(
     total_s: float = WAIT_S,
 ) -> Any:
     wanted = [t.is_floating_point() for t in inputs] if wants is None else wants
+    if Way.blocking:
+        run(caller.describe(Budget(total_s)))
+        return caller.backward_blocking(inputs, grads, present, wanted, Budget(total_s))
     return run(caller.backward(inputs, grads, present, wanted, Budget(total_s)))
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -576,3 +577,129 @@ def test_a_kept_answer_does_not_keep_its_whole_batch() -> None:
             assert gradient is not None
             assert gradient.untyped_storage().nbytes() == data.nbytes
             assert task.tensors == []
+
+
+# --- started, not run ----------------------------------------------------------------------------------------------------
+
+
+class Starting:
+    """A request of the event loop's, started by hand."""
+
+    def __init__(self, server: MemoryServer, uid: str, tensors: Sequence[torch.Tensor], header: RequestHeader | None):
+        self.server, self.tensors = server, list(tensors)
+        self.call = make_call(FORWARD, uid, tensors, header)
+        self.answers: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def __enter__(self) -> Starting:
+        self.admission = self._in_loop(self._open)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        before = self.server.handler.inflight_bytes
+        self._in_loop(self.admission.release)
+        assert before - self.server.handler.inflight_bytes == sum(tensor.nbytes for tensor in self.tensors)
+
+    def _open(self) -> Any:
+        call = self.call
+        admission = self.server.handler.open("client", call.method, call.uid, call.header)
+        for index, tensor in enumerate(self.tensors):
+            admission.admit(index, tuple(tensor.shape), str(tensor.dtype).split(".")[1], Compression.NONE)
+        return admission
+
+    def start(self) -> bool:
+        def answer(outcome: Any) -> None:
+            self.answers.put((threading.current_thread().name, outcome))
+
+        return bool(self._in_loop(lambda: self.admission.start(self.tensors, answer)))
+
+    @staticmethod
+    def _in_loop(func: Callable[[], Any]) -> Any:
+        async def run() -> Any:
+            return func()
+
+        return client_loop().run(run(), WAIT_S)
+
+
+def test_what_is_started_is_answered_by_the_runtimes_thread() -> None:
+    with memory_swarm({"lora.0": lora_backend(LoraExpert())}) as swarm:
+        data, given = x(), adapter()
+        with Starting(swarm.server, "lora.0", [data, *given], LORA) as request:
+            assert request.start()
+            thread, reply = request.answers.get(timeout=WAIT_S)
+            assert thread == "moe-runtime"
+            assert reply.header.compute_s > 0
+            assert reply.header.queue_s > 0
+            expected = swarm.server.backends["lora.0"].module(data, lora_a=given[0], lora_b=given[1])
+            torch.testing.assert_close(reply.tensors[0], expected.detach())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,  # a stock client
+        RequestHeader(hold=(0,)),
+        RequestHeader(keep=True, request_id=new_request_id()),
+    ],
+)
+def test_what_takes_more_than_one_task_is_run(header: RequestHeader | None) -> None:
+    with memory_swarm({"lora.0": lora_backend(LoraExpert())}) as swarm:
+        with Starting(swarm.server, "lora.0", [x()], header) as request:
+            assert not request.start()
+        assert request.answers.empty()
+
+
+def test_lossy_answers_and_large_globals_are_run() -> None:
+    lossy = linear_backend(outputs_schema=B(HIDDEN, compression=Compression.FLOAT16))
+    with memory_swarm({"linear.0": lossy, "lora.0": lora_backend(LoraExpert())}) as swarm:
+        with Starting(swarm.server, "linear.0", [torch.randn(2, HIDDEN)], NATIVE) as request:
+            assert not request.start()
+        with Starting(swarm.server, "lora.0", [x(), *adapter(rank=50_000)], LORA) as request:
+            assert not request.start()  # their contents are digested first, which takes long
+
+
+def test_what_is_started_and_refused_raises() -> None:
+    with memory_swarm({"lora.0": lora_backend(LoraExpert(), pool_size=1)}) as swarm, swarm.server.paused():
+        one, two = (Starting(swarm.server, "lora.0", [x()], NATIVE) for _ in range(2))
+        with one as first, two as other:
+            assert first.start()
+            with pytest.raises(Overloaded):
+                other.start()
+            with pytest.raises(SchemaError, match=r"expected 1 tensors"):
+                Starting._in_loop(lambda: other.admission.start([], lambda _: None))
+
+
+def test_what_is_started_is_withdrawn_when_it_is_released() -> None:
+    with memory_swarm({"lora.0": lora_backend(LoraExpert())}) as swarm:
+        with swarm.server.paused():
+            with Starting(swarm.server, "lora.0", [x()], NATIVE) as request:
+                assert request.start()
+                swarm.server.wait_pending(1)
+            assert swarm.server.pending == 0
+        assert request.answers.empty()
+
+
+def test_what_is_started_is_answered_when_its_time_is_over() -> None:
+    soon = RequestHeader(time_left_s=0.05)
+    with (
+        memory_swarm({"lora.0": lora_backend(LoraExpert())}) as swarm,
+        swarm.server.paused(),
+        Starting(swarm.server, "lora.0", [x()], soon) as request,
+    ):
+        assert request.start()
+        _, outcome = request.answers.get(timeout=WAIT_S)
+        assert isinstance(outcome, DeadlineExceeded)
+
+
+class Failing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("on purpose")
+
+
+def test_what_is_started_and_fails_is_answered_with_the_error() -> None:
+    failing = ExpertBackend("failing.0", Failing(), args_schema=(B(HIDDEN),), outputs_schema=B(HIDDEN))
+    data = torch.randn(2, HIDDEN)
+    with memory_swarm({"failing.0": failing}) as swarm, Starting(swarm.server, "failing.0", [data], NATIVE) as request:
+        assert request.start()
+        _, outcome = request.answers.get(timeout=WAIT_S)
+        assert isinstance(outcome, ExpertFailed)
+        assert "on purpose" in outcome.message

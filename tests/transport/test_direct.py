@@ -7,15 +7,16 @@ import contextlib
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from moe.config import HandlerConfig
-from moe.errors import CallTimeout, ConnectError, ExpertNotFound, MoEError, PeerGone, SchemaError
-from moe.schema import Compression
+from moe.errors import CallTimeout, ConnectError, ExpertNotFound, MoEError, PeerGone, ProtocolError, SchemaError
+from moe.schema import BatchTensorProto, Compression
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.server.runtime import Runtime
@@ -27,7 +28,7 @@ from moe.transport.memory import MemoryPeer
 from moe.transport.tickets import Ticket
 from moe.wire.frames import DATA, HEADER, HELLO, OPEN, encode_frame
 from moe.wire.messages import ExpertDescription, RequestHeader, new_request_id
-from tests.experts import HIDDEN, LoraExpert, lora_backend
+from tests.experts import HIDDEN, LoraExpert, in_parallel, lora_backend
 
 KINDS = ("unix", "tls")
 
@@ -84,6 +85,24 @@ class Host:
                 client.close()
 
         return self.client_loop.run(with_link(), 60.0)
+
+    @contextlib.contextmanager
+    def link(self, kind: str) -> Iterator[DirectClient]:
+        """An open link, for threads."""
+
+        async def connect() -> DirectClient:
+            sock = await asyncio.get_running_loop().run_in_executor(None, dial, self.ticket(), kind)
+            return DirectClient(sock, "server", lambda _: None)
+
+        async def close(client: DirectClient) -> None:
+            client.close()
+
+        client = self.client_loop.run(connect(), 10.0)
+        try:
+            yield client
+        finally:
+            if self.client_loop.is_alive():
+                self.client_loop.run(close(client), 10.0)
 
     def await_release(self) -> None:
         """Soon after the last reply, nothing is in flight."""
@@ -219,6 +238,99 @@ def test_callers_of_a_lost_link_get_an_error_at_once() -> None:
                 await asyncio.wait_for(calling, 5.0)
 
         host.run(work, "unix")
+
+
+# --- by threads that wait ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_call_over_one_link_at_once(kind: str) -> None:
+    with lora_host() as host, host.link(kind) as client:
+        module = host.backends["lora.0"].module
+        rows = [1, 3, 200, 20_000, 1, 70_000, 0, 5]  # large ones are chunked, and go on being sent by the event loop
+
+        def call(count: int) -> None:
+            for _ in range(4):
+                x = torch.randn(count, 5, HIDDEN)
+                (output,) = client.call_blocking(forward_call(x), 30.0).tensors
+                assert output.shape == x.shape
+                if count:
+                    torch.testing.assert_close(output[-1:], module(x[-1:]))
+
+        in_parallel([partial(call, count) for count in rows])
+        host.await_release()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thread_whose_time_is_over_is_told_and_the_call_withdrawn(kind: str) -> None:
+    with lora_host() as host, host.link(kind) as client:
+        host.backends["slow.0"].module.delay_s = 0.5
+        call = forward_call(torch.ones(1, 1, HIDDEN), uid="slow.0")
+        start = time.monotonic()
+        with pytest.raises(CallTimeout, match=r"forward of slow.0: no answer within 0.05 s"):
+            client.call_blocking(call, 0.05)
+        assert time.monotonic() - start < 0.4
+        assert client.call_blocking(call, 30.0).tensors[0][0, 0, 0] == 2
+        host.await_release()
+
+
+def test_a_refused_call_of_a_thread_harms_no_other() -> None:
+    with lora_host() as host, host.link("unix") as client:
+        with pytest.raises(SchemaError, match=r"args\[0\]"):
+            client.call_blocking(forward_call(torch.randn(20_000, 5, HIDDEN + 1)), 30.0)
+        with pytest.raises(ExpertNotFound):
+            client.call_blocking(forward_call(torch.randn(1, 5, HIDDEN), uid="no.such"), 30.0)
+        assert client.call_blocking(forward_call(torch.randn(2, 5, HIDDEN)), 30.0).tensors[0].shape == (2, 5, HIDDEN)
+
+
+@pytest.mark.parametrize("who", ["server", "client's event loop"])
+def test_threads_that_wait_get_an_error_at_once_when_the_link_is_lost(who: str) -> None:
+    with lora_host() as host, host.link("unix") as client:
+        host.backends["slow.0"].module.delay_s = 1.0
+
+        def end() -> None:
+            time.sleep(0.1)
+            if who == "server":
+                host.server_loop.run(host.direct.stop(grace_s=0.0), 10.0)
+            else:
+                host.client_loop.stop()
+
+        def call() -> None:
+            start = time.monotonic()
+            with pytest.raises(PeerGone):
+                client.call_blocking(forward_call(torch.ones(1, 1, HIDDEN), uid="slow.0"), None)
+            assert time.monotonic() - start < 0.9
+
+        in_parallel([call, call, end])
+        assert not client.takes_blocking_calls
+        with pytest.raises(PeerGone):
+            client.call_blocking(forward_call(torch.ones(1, 1, HIDDEN)), 30.0)
+
+
+def test_the_event_loop_itself_makes_no_blocking_calls() -> None:
+    with lora_host() as host, host.link("unix") as client:
+
+        async def asked() -> bool:
+            return client.takes_blocking_calls
+
+        assert client.takes_blocking_calls
+        assert not host.client_loop.run(asked(), 5.0)
+
+
+class Odd(torch.nn.Module):
+    """Returns what cannot be sent."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to_sparse()
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_and_not_silence() -> None:
+    schemas: dict[str, Any] = {"args_schema": (BatchTensorProto(HIDDEN),), "outputs_schema": BatchTensorProto(HIDDEN)}
+    with Host({"odd.0": ExpertBackend("odd.0", Odd(), **schemas)}) as host, host.link("unix") as client:
+        for rows in (1, 1, 4000):
+            with pytest.raises(ProtocolError, match="cannot be sent: "):
+                client.call_blocking(forward_call(torch.ones(rows, HIDDEN), uid="odd.0"), 10.0)
+        host.await_release()
 
 
 @pytest.mark.parametrize("kind", KINDS)
