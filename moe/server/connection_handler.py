@@ -37,6 +37,7 @@ from moe.server.chains import all_of, backward_chain, forward_chain
 from moe.server.execution import as_expert_failure
 from moe.server.expert_backend import ExpertBackend
 from moe.server.held_tensors import HeldTensor, HeldTensors
+from moe.server.kept_forwards import KeptForward
 from moe.server.once import OnceWindow
 from moe.server.task_pool import Task, TaskResult
 from moe.transport.base import BACKWARD, FORWARD, Reply
@@ -90,7 +91,11 @@ class ConnectionHandler:
             self.config.once_max_replies, self.config.once_max_bytes, self.config.once_window_s
         )
         limits = self.config.held_max_bytes, self.config.held_max_bytes_per_peer, self.config.held_window_s
-        self.held_globals, self.held_inputs = HeldTensors(*limits), HeldTensors(*limits)
+        self.held_globals: HeldTensors[HeldTensor] = HeldTensors(*limits)
+        self.held_inputs: HeldTensors[HeldTensor] = HeldTensors(*limits)
+        self.held_forwards: HeldTensors[KeptForward] = HeldTensors(
+            self.config.held_max_bytes, self.config.held_max_bytes // 2, self.config.held_window_s
+        )
         self._expiry: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -146,7 +151,8 @@ class ConnectionHandler:
         if self._expiry is not None:
             return
         now = time.monotonic()
-        due = [at for at in (self.held_globals.expire(now), self.held_inputs.expire(now)) if at is not None]
+        stores: tuple[HeldTensors[Any], ...] = (self.held_globals, self.held_inputs, self.held_forwards)
+        due = [at for store in stores if (at := store.expire(now)) is not None]
         if due:
             self._expiry = asyncio.get_running_loop().call_later(min(due) - now, self._expire)
 
@@ -164,6 +170,7 @@ class ConnectionHandler:
         """Take no more requests for these experts; those that are open are served."""
         leaving = set(uids)
         self.backends = {uid: backend for uid, backend in self.backends.items() if uid not in leaving}
+        self.held_forwards.clear()  # they would keep the experts' parameters in memory
 
     def traffic(self, uids: Iterable[str]) -> Traffic:
         """Requests for these experts."""
@@ -235,6 +242,7 @@ class RequestAdmission:
         self._shared: dict[int, HeldTensor] = {}  # by position: tensors that other requests may use, too
         self._bytes = 0
         self._queue_s = self._compute_s = 0.0
+        self._forward: KeptForward | None = None
         self._started: tuple[Task, asyncio.TimerHandle] | None = None
         limit_s = handler.config.request_timeout_s
         if header is not None and header.time_left_s is not None:
@@ -402,9 +410,24 @@ class RequestAdmission:
             self._handler.held_globals.hold(self._peer, found, held, time.monotonic())
         self._handler.expire_later()
 
+    @property
+    def _keeps(self) -> bool:
+        """The client has asked to keep what it sends for the backward that follows."""
+        header = self._header
+        return header is not None and header.keep and header.request_id is not None
+
+    def _take_forward(self) -> KeptForward | None:
+        """The forward whose inputs this backward refers to, if its activations are kept."""
+        for key in self._keys.values():
+            if len(key) == REQUEST_ID_BYTES:
+                found = self._handler.held_forwards.find(self._peer, key, time.monotonic())
+                self._handler.held_forwards.drop(self._peer, [key])
+                return found
+        return None
+
     def _worth_keeping(self, tensors: Sequence[torch.Tensor]) -> dict[int, HeldTensor]:
         """Inputs of a forward as they have arrived, by position, if the client will refer to them in its backward."""
-        if self._header is None or not self._header.keep or self._header.request_id is None:
+        if not self._keeps:
             return {}
         return {
             position: HeldTensor(tensors[position], tensors[position]._version)
@@ -417,6 +440,8 @@ class RequestAdmission:
             assert self._header is not None and self._header.request_id is not None
             key = _input_key(self._header.request_id, position)
             self._handler.held_inputs.hold(self._peer, key, held, time.monotonic())
+        if self._forward is not None and self._header is not None and self._header.request_id is not None:
+            self._handler.held_forwards.hold(self._peer, self._header.request_id, self._forward, time.monotonic())
         if inputs:
             self._handler.expire_later()
 
@@ -436,6 +461,7 @@ class RequestAdmission:
                 raise type(error)(f"{backend.name}: {error.message}", uid=backend.name) from None
             raise error from None
         self._count_times(task)
+        self._forward, task.kept = task.kept, None
         if method != self._method:  # what a chain's backward keeps: inputs of its blocks
             result = own_memory(result)
             self._hold(sum(tensor.nbytes for tensor in result if tensor is not None))
@@ -453,6 +479,11 @@ class RequestAdmission:
         if shared:
             task.shared = tuple(shared[id(tensor)] for tensor in tensors if id(tensor) in shared)
         task.deadline, task.peer = self._deadline, self._peer
+        if len(self._chain) == 1:
+            if method == FORWARD:
+                task.keep = self._keeps
+            else:
+                task.kept = self._take_forward()
         return task
 
     def _once_key(self, index: int, method: str) -> Hashable:

@@ -42,7 +42,8 @@ from moe.schema import (
     split,
     validate,
 )
-from moe.server.execution import Outcome, run_isolated
+from moe.server.execution import Outcome, is_device_lost, run_isolated
+from moe.server.kept_forwards import KeptForward, Thrift
 from moe.server.matmul import speed_up_linear
 from moe.server.optim import fuse, load_state, move_state, portable_state
 from moe.server.task_pool import Task, TaskPool, TaskResult
@@ -108,6 +109,7 @@ class ExpertBackend:
         self._accumulated = 0  # backward batches since the last step
         self._stackable: dict[tuple[str, tuple[str, ...]], bool] = {}
         self._chains: dict[tuple[str, ...], Chain] = {}
+        self._thrift = Thrift()
         speed_up_linear(module)
         if optimizer is not None:
             fuse(optimizer)
@@ -342,10 +344,40 @@ class ExpertBackend:
 
     def _forward_lane(self, lane: list[Task]) -> list[TaskResult]:
         _check_shared(lane)
-        outputs = self.forward(*concatenate(lane[0].entries, [task.tensors for task in lane]), present=lane[0].present)
+        outputs = self._forward_keeping(lane[0]) if len(lane) == 1 and lane[0].keep and self._thrift.keeps() else None
+        if outputs is None:
+            tensors = concatenate(lane[0].entries, [task.tensors for task in lane])
+            outputs = self.forward(*tensors, present=lane[0].present)
         entries, rows = self.schema.output_entries, [task.rows for task in lane]
         self._check_outputs(outputs, sum(rows))
         return [list(part) for part in split(entries, outputs, rows)]
+
+    def _forward_keeping(self, task: Task) -> tuple[torch.Tensor, ...] | None:
+        """Outputs of one task, whose graph is kept in it; None if that does not work."""
+
+        def call(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+            return self._call_module(*self.schema.pack_inputs(leaves, task.present))
+
+        try:
+            with self._as_trained():
+                kept = KeptForward(call, task.tensors, self.module.parameters())
+        except Exception as e:  # no memory for activations, or a module that autograd does not like: it may do without
+            logger.debug("%s: a forward cannot be kept (%r)", self.name, e)
+            return None
+        task.kept = kept
+        return tuple(output.detach() if isinstance(output, torch.Tensor) else output for output in kept.outputs)
+
+    @contextlib.contextmanager
+    def _as_trained(self) -> Iterator[None]:
+        """An expert without an optimizer is frozen: its parameters take no part in autograd meanwhile."""
+        frozen = [] if self.optimizer is not None else [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _call_module(self, args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> list[torch.Tensor]:
         """The module's outputs, flat.
@@ -427,13 +459,38 @@ class ExpertBackend:
         if self.detect_anomalies:
             for task in tasks:
                 self._refuse_non_finite(task.tensors, task.entries)
+        kept, tasks[0].kept = tasks[0].kept, None
+        if len(tasks) == 1 and kept is not None and kept.unchanged and kept.is_of(tasks[0].inputs):
+            try:
+                with self._parameter_gradients():
+                    return to_cpu(self._finish_backward(tasks, [self._backward_kept(tasks[0], kept)]))
+            except Exception as e:
+                if is_device_lost(e) or isinstance(e, NonFiniteError):
+                    raise
+                logger.debug("%s: a forward that was kept is of no use (%r)", self.name, e)
         with self._parameter_gradients():
-            results = self._run_lanes(tasks, self._backward_lane, self._backward_stacked)
-            if self.detect_anomalies:
-                for task, result in zip(tasks, results):
-                    self._refuse_non_finite(result, task.entries, "the gradient of ")
-                self._refuse_non_finite_parameters()
-        return to_cpu(results)
+            return to_cpu(
+                self._finish_backward(tasks, self._run_lanes(tasks, self._backward_lane, self._backward_stacked))
+            )
+
+    def _finish_backward(self, tasks: list[Task], results: list[TaskResult]) -> list[TaskResult]:
+        """The results, if they may be used."""
+        if self.detect_anomalies:
+            for task, result in zip(tasks, results):
+                self._refuse_non_finite(result, task.entries, "the gradient of ")
+            self._refuse_non_finite_parameters()
+        return results
+
+    def _backward_kept(self, task: Task, kept: KeptForward) -> TaskResult:
+        """Gradients of one task whose forward was kept."""
+        count = len(task.wants_grad)
+        _check_shared([task])
+        wanted = [leaf for leaf, wants in zip(kept.leaves, task.wants_grad) if wants]
+        into = [*wanted, *(p for p in self.module.parameters() if p.requires_grad)]
+        if into:
+            _backpropagate(kept.outputs, task.tensors[count:], task.entries[count:], into)
+        self._thrift.used()
+        return _gradients_of(kept.leaves, task.wants_grad)
 
     def _backward_lane(self, lane: list[Task]) -> list[TaskResult]:
         _check_shared(lane)
@@ -670,8 +727,16 @@ def _check_shared(tasks: Iterable[Task]) -> None:
         raise TensorNotHeld("an expert has written to a tensor that was held")
 
 
-def _backpropagate(outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], entries: Sequence[Entry]) -> None:
-    """Backward through the floating-point outputs; the zeros that stock peers send for the others are dropped."""
+def _backpropagate(
+    outputs: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    entries: Sequence[Entry],
+    into: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Backward through the floating-point outputs; the zeros that stock peers send for the others are dropped.
+
+    :param into: leaves that get a gradient; None: all that require one
+    """
     floating = [output for output in outputs if output.is_floating_point()]
     given = [(grad, entry) for grad, entry in zip(grads, entries) if grad.is_floating_point()]
     pairs = []
@@ -681,7 +746,7 @@ def _backpropagate(outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor
         if output.requires_grad:
             pairs.append((output, grad.to(output.device, output.dtype)))
     if pairs:  # else nothing that was asked for depends on anything
-        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs], inputs=into)
 
 
 def _leaves(inputs: Sequence[torch.Tensor], wants_grad: Sequence[bool]) -> list[torch.Tensor]:

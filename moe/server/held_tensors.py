@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -33,9 +33,31 @@ class HeldTensor(NamedTuple):
         """False if somebody has written to it."""
         return self.tensor._version == self.version
 
+    @property
+    def size_bytes(self) -> int:
+        """The memory it takes: all of that which it is a part of."""
+        return self.tensor.untyped_storage().nbytes()
 
-class HeldTensors:
-    """Tensors by peer and key, the least recently used ones dropped first.
+
+class Holdable(Protocol):
+    """What can be held."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory it takes."""
+        ...
+
+    @property
+    def unchanged(self) -> bool:
+        """False if it is not what was held any more."""
+        ...
+
+
+H = TypeVar("H", bound=Holdable)
+
+
+class HeldTensors(Generic[H]):
+    """Tensors (or what else is made of them) by peer and key, the least recently used ones dropped first.
 
     :param max_bytes: of all of them; 0: nothing is held
     :param max_bytes_per_peer: of those of one peer
@@ -45,9 +67,7 @@ class HeldTensors:
     def __init__(self, max_bytes: int, max_bytes_per_peer: int, window_s: float):
         self._max_bytes, self._max_bytes_per_peer = max_bytes, min(max_bytes, max_bytes_per_peer)
         self._window_s = window_s
-        self._held: OrderedDict[tuple[str, bytes], tuple[float, HeldTensor]] = (
-            OrderedDict()
-        )  # with the time of last use
+        self._held: OrderedDict[tuple[str, bytes], tuple[float, H]] = OrderedDict()  # with the time of last use
         self._of_peer: dict[str, OrderedDict[bytes, None]] = {}
         self._peer_bytes: dict[str, int] = {}
         self.bytes = 0
@@ -58,7 +78,7 @@ class HeldTensors:
     def __repr__(self) -> str:
         return f"HeldTensors({len(self._held)} of {len(self._of_peer)} peers, {self.bytes} bytes)"
 
-    def find(self, peer: str, key: bytes, now: float) -> HeldTensor | None:
+    def find(self, peer: str, key: bytes, now: float) -> H | None:
         """What the peer has sent under this key; None if it is not held, or not what was sent any more."""
         self.expire(now)
         found = self._held.get((peer, key))
@@ -72,11 +92,11 @@ class HeldTensors:
         self._of_peer[peer].move_to_end(key)
         return found[1]
 
-    def hold(self, peer: str, key: bytes, held: HeldTensor, now: float) -> None:
-        """Hold a tensor, in place of one with the same key, if it is not too large."""
+    def hold(self, peer: str, key: bytes, held: H, now: float) -> None:
+        """Hold something, in place of one with the same key, if it is not too large."""
         self.expire(now)
         self.drop(peer, [key])
-        size = size_bytes(held)
+        size = held.size_bytes
         if size > self._max_bytes_per_peer or not held.unchanged:
             return
         while self._peer_bytes.get(peer, 0) + size > self._max_bytes_per_peer:
@@ -95,12 +115,17 @@ class HeldTensors:
             found = self._held.pop((peer, key), None)
             if found is None:
                 continue
-            size = size_bytes(found[1])
+            size = found[1].size_bytes
             self.bytes -= size
             self._peer_bytes[peer] -= size
             del self._of_peer[peer][key]
             if not self._of_peer[peer]:
                 del self._of_peer[peer], self._peer_bytes[peer]
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        for peer, key in list(self._held):
+            self.drop(peer, [key])
 
     def expire(self, now: float) -> float | None:
         """Drop what nobody has used for long.
@@ -113,8 +138,3 @@ class HeldTensors:
                 return used_at + self._window_s
             self.drop(peer, [key])
         return None
-
-
-def size_bytes(held: HeldTensor) -> int:
-    """The memory it takes: all of that which it is a part of."""
-    return held.tensor.untyped_storage().nbytes()

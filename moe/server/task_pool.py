@@ -23,6 +23,7 @@ from moe.errors import DeadlineExceeded, ExpertFailed, LifecycleError, MoEError,
 from moe.schema import BatchTensorProto, Entry, signature, validate
 from moe.server.batching import BatchQueue, Rank, Waiting
 from moe.server.held_tensors import HeldTensor
+from moe.server.kept_forwards import KeptForward
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Task:
     :ivar priority: smaller goes first
     :ivar peer: who sent it
     :ivar shared: tensors that other tasks may use as well; if one has been written to, the task must not be run
+    :ivar keep: forward: keep its activations, in ``kept``, if it is computed by itself
+    :ivar kept: forward: see ``keep``; backward: what was kept of the forward of the same inputs
     """
 
     operation: str
@@ -64,6 +67,8 @@ class Task:
     priority: float = 0.0
     peer: str = ""
     shared: tuple[HeldTensor, ...] = ()
+    keep: bool = False
+    kept: KeptForward | None = None
     number: int = field(default_factory=lambda: next(_numbers))
     future: Future[TaskResult] = field(default_factory=Future)
     submitted_at: float = 0.0

@@ -667,9 +667,16 @@ def test_blocks_of_a_chain_do_not_share_what_one_of_them_has_written() -> None:
             send(server, FORWARD, [torch.zeros(1, WIDE), SCALE, SHIFT], header, join_chain(["w.0", "w.1"]))
 
 
+class AlwaysDoubler(nn.Module):
+    """x (B, D), left as twice itself, also where autograd looks on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().mul_(2)
+
+
 def test_inputs_that_the_forward_has_written_to_are_not_kept() -> None:
     backend = ExpertBackend(
-        "d.0", Doubler(), args_schema=(BatchTensorProto(WIDE),), outputs_schema=BatchTensorProto(WIDE)
+        "d.0", AlwaysDoubler(), args_schema=(BatchTensorProto(WIDE),), outputs_schema=BatchTensorProto(WIDE)
     )
     with MemoryServer({"d.0": backend}) as server:
         header = RequestHeader(keep=True, request_id=HELD_ID)
