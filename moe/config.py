@@ -146,8 +146,8 @@ class HandlerConfig:
     :param once_max_bytes: of those replies together
     :param once_window_s: how long a repeated backward is recognized
     :param held_max_bytes: tensors held for their senders, who then need not send them again; of global tensors, and as much
-        again of inputs of forwards, for the backwards that follow; 0: none
-    :param held_max_bytes_per_peer: of those of one peer, of each kind
+        again of inputs of forwards, for the backwards that follow, and of the activations of these; 0: none
+    :param held_max_bytes_per_peer: of tensors of one peer, of each kind; of activations half of all may be one peer's
     :param held_window_s: how long one is held that nobody uses
     """
 

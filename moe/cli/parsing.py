@@ -284,8 +284,9 @@ def build_server_parser() -> Parser:
         "--held_bytes",
         type=whole_number,
         default=HandlerConfig.held_max_bytes,
-        help="bytes of callers' tensors to hold, so that they need not be sent again: of global tensors, and as much again "
-        f"of inputs for backwards; a caller gets a fourth at most (default: {HandlerConfig.held_max_bytes})",
+        help="bytes of callers' tensors to hold, so that they need not be sent again: of global tensors, as much again of "
+        "inputs for backwards, and of activations; a caller gets a fourth at most, half of the latter (default: "
+        f"{HandlerConfig.held_max_bytes})",
     )
     add(
         "--compression",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from typing import Protocol
 
@@ -56,6 +57,13 @@ class AutoTransport:
         assert mode in TRANSPORTS
         self.mode = mode
         self.fallback = fallback
+        self._of_parent: dict[
+            str, DirectClient
+        ] = {}  # never touched: their sockets and event loop are another process's
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
         self._links: dict[str, DirectClient] = {}
         self._dialing: dict[str, asyncio.Lock] = {}
         self._not_before: dict[str, float] = {}
@@ -71,6 +79,9 @@ class AutoTransport:
         """See ExpertTransport."""
         if self.mode == "libp2p" or call.header is None:  # a stock peer has no direct link
             return await self.fallback.call(peer, call, timeout_s=timeout_s)
+        if self._pid != os.getpid():
+            self._of_parent = self._links
+            self._begin()
         link = self._links.get(peer.to_base58())
         if link is not None:
             return await link.call(call, timeout_s)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -230,6 +231,11 @@ class LibP2PTransport:
 
     def __init__(self, daemon_maddr: str):
         self._daemon_maddr = daemon_maddr
+        self._of_parent: P2P | None = None  # never touched: its sockets and event loop are another process's
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
         self._p2p: P2P | None = None
         self._connecting = asyncio.Lock()
 
@@ -237,6 +243,9 @@ class LibP2PTransport:
         return f"LibP2PTransport({self._daemon_maddr})"
 
     async def _connected(self) -> P2P:
+        if self._pid != os.getpid():
+            self._of_parent = self._p2p
+            self._begin()
         if not self.is_connected:
             async with self._connecting:
                 if not self.is_connected:

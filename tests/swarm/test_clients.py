@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -125,3 +126,34 @@ def test_clients_in_processes_of_their_own(dht: DHT, server: Server) -> None:
         for child in (one, two):
             assert child.wait(15) == 0
             assert child.survivors() == []
+
+
+@pytest.fixture(scope="module", params=["libp2p", "unix", "tls"])
+def linked(request: pytest.FixtureRequest, dht: DHT, server: Server) -> RemoteExpert:
+    """An expert to which there is a connection."""
+    expert = find(dht, request.param)
+    with torch.no_grad():
+        call(expert, random_inputs(0, rows=1, length=1, rank=1))
+    return expert
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_calls_over_connections_of_its_own(linked: RemoteExpert) -> None:
+    """As workers of a DataLoader do. What the parent has open is the parent's: bytes of the child in between would spoil it."""
+    inputs = random_inputs(0, rows=2, length=3, rank=1)
+    with torch.no_grad():
+        expected = call(linked, inputs)[0]
+        child = os.fork()
+        if child == 0:  # no pytest from here on
+            code = 1
+            try:
+                code = 0 if torch.allclose(call(linked, inputs)[0], expected, atol=TOLERANCE) else 2
+            finally:
+                os._exit(code)
+        for _ in range(5):
+            assert torch.allclose(call(linked, inputs)[0], expected, atol=TOLERANCE)
+        wait_until(
+            lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, what="the child's end"
+        )
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert torch.allclose(call(linked, inputs)[0], expected, atol=TOLERANCE)
