@@ -8,6 +8,7 @@ parts is ``moe.server.assembly``'s.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
@@ -248,6 +249,7 @@ class Server:
         if not self.dht.is_alive():
             self.dht.run_in_background(await_ready=False)
             self.dht.wait_until_ready(self.config.start_timeout_s)
+        self._undo.append(("garbage collections of everything", gc.unfreeze))  # see assembly
         self._undo.append(("the DHT node", lambda: stop_dht(self.dht, 0.5 if self._cut_off else 5.0)))
 
     def _start_checkpoints(self) -> None:
@@ -442,6 +444,7 @@ class Server:
                 self._stopped.set()
                 if self.dht.is_alive():
                     stop_dht(self.dht)
+                gc.unfreeze()
         elif watcher is not threading.current_thread():
             watcher.join(self.config.shutdown_timeout_s + 5.0)
 

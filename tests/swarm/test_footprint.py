@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from moe.client.expert import get_experts
+from moe.server.server import Server
 from moe.testing.swarm import LocalSwarm
 from tests.swarm.tools import report
 
@@ -35,3 +37,15 @@ def test_processes_do_not_grow_with_experts_and_start_up_is_quick(experts: int, 
         assert took_s < 2 * wanted_s  # a machine that runs tests may be busy
         found = get_experts(swarm.dht(), [f"ffn.{i}.{j}" for i in range(16) for j in range(16)])
         assert sum(expert is not None for expert in found) == experts
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_memory_is_shared_with_the_process_of_the_dht_while_the_server_lives(start: bool) -> None:
+    server = Server.create(
+        expert_uids=["ffn.0"], expert_cls="ffn", hidden_dim=16, host_maddrs=["/ip4/127.0.0.1/tcp/0"], start=start
+    )
+    try:
+        assert gc.get_freeze_count() > 0  # a collection would write to what is shared
+    finally:
+        server.shutdown()
+    assert gc.get_freeze_count() == 0
