@@ -19,6 +19,7 @@ import hashlib
 import hmac
 import itertools
 import logging
+import mmap
 import os
 import pathlib
 import shutil
@@ -61,7 +62,9 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKES = 64  # strangers being listened to at one time
 MAX_LINKS_PER_PEER = 8
 _HELLO_BYTES = HEADER_BYTES + SECRET_BYTES
-_NOTHING = memoryview(b"")
+_NEVER_REUSED_BYTES = (
+    2**25
+)  # glibc gives freed blocks from this size on back to the kernel (DEFAULT_MMAP_THRESHOLD_MAX)
 _SMALL_BYTES = 2**16  # tensors up to this are (de)coded in the event loop
 
 # --- handshakes: blocking, each in a thread, before a socket becomes a Link ----------------------------------------------
@@ -182,9 +185,18 @@ def make_tls_context(directory: pathlib.Path) -> tuple[ssl.SSLContext, bytes]:
 
 def allocate(heads: Sequence[TensorHead]) -> list[memoryview]:
     """Memory to read tensors into that are about to arrive, aligned as torch aligns its own."""
-    return [
-        torch.empty(head.size_bytes, dtype=torch.uint8).numpy().data if head.size_bytes else _NOTHING for head in heads
-    ]
+    return [_memory(head.size_bytes) for head in heads]
+
+
+def _memory(size_bytes: int) -> memoryview:
+    if size_bytes == 0:
+        return memoryview(b"")
+    if size_bytes >= _NEVER_REUSED_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):  # fresh pages each time: few, large ones
+        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(pages)
+    view: memoryview = torch.empty(size_bytes, dtype=torch.uint8).numpy().data
+    return view
 
 
 def _restore(heads: Sequence[TensorHead], views: Sequence[memoryview]) -> list[torch.Tensor]:

@@ -162,9 +162,10 @@ def test_backward_with_globals_and_lossy_codecs(kind: str) -> None:
             assert torch.allclose(received, leaf.grad, rtol=0.05, atol=0.5)
 
 
-def test_received_tensors_are_aligned_and_writable() -> None:
+@pytest.mark.parametrize("length", [5, 25_000])  # 38 MB
+def test_received_tensors_are_aligned_and_writable(length: int) -> None:
     with lora_host() as host:
-        reply = host.run(lambda client: client.call(forward_call(torch.randn(64, 5, HIDDEN)), 30.0), "unix")
+        reply = host.run(lambda client: client.call(forward_call(torch.randn(64, length, HIDDEN)), 30.0), "unix")
         assert reply.tensors[0].data_ptr() % 64 == 0
         reply.tensors[0].add_(1)
 
