@@ -34,12 +34,12 @@ LINK = "moe.transport.direct"
 CLIENT_POINTS = {
     "forward": (
         Point("called", "moe.client.expert", "RemoteExpert.call_within"),
-        Point("checked", "moe.client.requests", "Request._forward_call"),
+        Point("checked", "moe.client.requests", "Request.forward_call"),
         Point("returned", "moe.client.expert", "RemoteExpert.call_within", at_end=True),
     ),
     "backward": (
         Point("called", "moe.client.expert", "_RemoteExpertCall.backward"),
-        Point("checked", "moe.client.requests", "Request._backward_call"),
+        Point("checked", "moe.client.requests", "Request.backward_call"),
         Point("returned", "moe.client.expert", "_RemoteExpertCall.backward", at_end=True),
     ),
     "both": (

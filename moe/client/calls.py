@@ -115,7 +115,8 @@ class ExpertCaller:
                 try:
                     timeout_s = budget.left_s(self.config.request_timeout_s)
                     ((start, end),) = ranges
-                    return request.forward_blocking(carry, peer, terms, tensors, end - start, timeout_s)
+                    call = request.forward_call(peer, terms, tensors, end - start, timeout_s)
+                    return request.outputs(carry(call, timeout_s), end - start, peer)
                 except MoEError as e:
                     failed = Failed(peer, e)
         return client_loop().run(self.forward(tensors, present, budget, kept, failed))
@@ -169,9 +170,8 @@ class ExpertCaller:
                 wants, request_id = tuple(wants_grad), new_request_id()
                 try:
                     timeout_s = budget.left_s(self.config.request_timeout_s)
-                    return request.backward_blocking(
-                        carry, peer, terms, inputs, grad_outputs, wants, [request_id], timeout_s
-                    )
+                    call = request.backward_call(peer, terms, inputs, grad_outputs, wants, [request_id], timeout_s)
+                    return request.gradients(inputs, wants, carry(call, timeout_s), peer)
                 except MoEError as e:
                     failed = Failed(peer, e, request_id)
         return client_loop().run(self.backward(inputs, grad_outputs, present, wants_grad, budget, kept, failed))

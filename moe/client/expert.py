@@ -5,6 +5,7 @@ Thin: requests, retries and checks are ``ExpertCaller``'s. Must not know: gating
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +21,12 @@ from moe.client.references import KeptRows
 from moe.client.requests import Gradients
 from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
-from moe.errors import SchemaError
+from moe.errors import LifecycleError, SchemaError
 from moe.expert_uid import ExpertInfo, PeerIDLike
 from moe.schema import ExpertSchema, Nested, cast_inputs
 from moe.transport.auto import AutoTransport
 from moe.transport.base import Budget, ExpertTransport
-from moe.transport.event_loop import client_loop
+from moe.transport.event_loop import client_loop, running_client_loop
 from moe.transport.libp2p import LibP2PTransport
 from moe.wire.messages import ExpertDescription
 
@@ -57,7 +58,11 @@ def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> Ex
 
 
 def _close_soon(transport: ExpertTransport) -> None:
-    client_loop().submit(transport.close())
+    """A finalizer: it may run in the middle of anything, in any thread."""
+    loop = running_client_loop()
+    if loop is not None:
+        with contextlib.suppress(LifecycleError):  # it has ended meanwhile, and the connections with it
+            loop.submit(transport.close())
 
 
 class RemoteExpert(nn.Module):

@@ -1,8 +1,8 @@
 """One request to one server: what is sent, and what came back. Owns: headers, codecs, splitting by rows, checks of replies.
 
 A request is for a chain of blocks (moe.chains); that of a single expert is a chain of one. Shared by ExpertCaller and the spans
-of a sequence. Must not know: which server is asked, retries, autograd. CPU tensors; all of it runs in the client's event loop,
-but for what says ``blocking``.
+of a sequence. Must not know: which server is asked, retries, autograd. CPU tensors; its coroutines run in the client's
+event loop, the rest anywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe.config import ClientConfig
 from moe.errors import NonFiniteError, ProtocolError, SchemaError
 from moe.expert_uid import PeerIDLike, join_chain
 from moe.schema import Entry, count_rows, select_rows, validate
-from moe.transport.base import BACKWARD, FORWARD, Call, CallBlocking, ExpertTransport, Reply
+from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
 from moe.wire.messages import (
     HELD_TENSORS,
     REQUEST_ID_BYTES,
@@ -146,21 +146,8 @@ class Request:
         :raises ProtocolError: the answer does not fit
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
-        call = self._forward_call(peer, terms, tensors, rows, timeout_s)
-        return self._outputs(await self._send(peer, terms, call, kept, timeout_s), rows, peer)
-
-    def forward_blocking(
-        self,
-        carry: CallBlocking,
-        peer: PeerIDLike,
-        terms: Terms,
-        tensors: Sequence[torch.Tensor],
-        rows: int,
-        timeout_s: float | None,
-    ) -> list[torch.Tensor]:
-        """``forward`` by a thread that waits for it; nothing is held."""
-        call = self._forward_call(peer, terms, tensors, rows, timeout_s)
-        return self._outputs(carry(call, timeout_s), rows, peer)
+        call = self.forward_call(peer, terms, tensors, rows, timeout_s)
+        return self.outputs(await self._send(peer, terms, call, kept, timeout_s), rows, peer)
 
     async def backward(
         self,
@@ -179,36 +166,25 @@ class Request:
         :raises ProtocolError: the answer does not fit
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
-        call = self._backward_call(peer, terms, inputs, grad_outputs, wants, request_ids, timeout_s)
-        return self._gradients(inputs, wants, await self._send(peer, terms, call, kept, timeout_s), peer)
-
-    def backward_blocking(
-        self,
-        carry: CallBlocking,
-        peer: PeerIDLike,
-        terms: Terms,
-        inputs: Sequence[torch.Tensor],
-        grad_outputs: Sequence[torch.Tensor],
-        wants: tuple[bool, ...],
-        request_ids: Sequence[bytes],
-        timeout_s: float | None,
-    ) -> Gradients:
-        """``backward`` by a thread that waits for it; nothing is held."""
-        call = self._backward_call(peer, terms, inputs, grad_outputs, wants, request_ids, timeout_s)
-        return self._gradients(inputs, wants, carry(call, timeout_s), peer)
+        call = self.backward_call(peer, terms, inputs, grad_outputs, wants, request_ids, timeout_s)
+        return self.gradients(inputs, wants, await self._send(peer, terms, call, kept, timeout_s), peer)
 
     def may_refer(self, terms: Terms, method: str, inputs: Sequence[torch.Tensor], kept: Kept | None) -> bool:
         """Could the server hold one of the tensors, or shall it? Then the request must be made in the event loop."""
         return self.config.hold_tensors and terms.holds and may_refer(method, inputs, self.chain.entries, kept)
 
-    def _forward_call(
+    # --- the parts of it, for those who carry the call themselves --------------------------------------------------------
+
+    def forward_call(
         self, peer: PeerIDLike, terms: Terms, tensors: Sequence[torch.Tensor], rows: int, timeout_s: float | None
     ) -> Call:
+        """What ``forward`` sends, if nothing is held."""
         header = make_header(self.chain, terms.native, timeout_s, metadata=self._metadata(peer, FORWARD))
         reply_bytes = _expected_bytes(self.chain.output_entries, rows, tensors, terms.native)
         return Call(FORWARD, self.uid, header, tensors, self._codecs, reply_bytes)
 
-    def _outputs(self, reply: Reply, rows: int, peer: PeerIDLike) -> list[torch.Tensor]:
+    def outputs(self, reply: Reply, rows: int, peer: PeerIDLike) -> list[torch.Tensor]:
+        """What ``forward`` returns, checked."""
         outputs = self.chain.output_entries
         try:
             validate(outputs, reply.tensors, rows=rows, what="the reply")
@@ -217,7 +193,7 @@ class Request:
         self.check_finite(reply.tensors, outputs, peer)
         return list(reply.tensors)
 
-    def _backward_call(
+    def backward_call(
         self,
         peer: PeerIDLike,
         terms: Terms,
@@ -227,6 +203,7 @@ class Request:
         request_ids: Sequence[bytes],
         timeout_s: float | None,
     ) -> Call:
+        """What ``backward`` sends, if nothing is held."""
         grad_entries = self.chain.gradient_entries
         if not terms.native:  # stock hivemind wants a gradient for every output, integer ones included
             grad_entries = self.chain.output_entries
@@ -273,9 +250,10 @@ class Request:
             )
         return even_ranges(rows, limit)
 
-    def _gradients(
+    def gradients(
         self, inputs: Sequence[torch.Tensor], wants: Sequence[bool], reply: Reply, peer: PeerIDLike
     ) -> Gradients:
+        """What ``backward`` returns, checked."""
         entries = self.chain.entries
         has_grad = (True,) * len(entries) if reply.header is None else reply.header.has_grad
         if has_grad is None or len(has_grad) != len(entries) or sum(has_grad) != len(reply.tensors):

@@ -33,7 +33,9 @@ class EventLoopThread:
         self.pid = os.getpid()
         self._loop = uvloop.new_event_loop()
         self._stopping = False
-        self._submitting = threading.Lock()  # so that nothing is submitted behind the end
+        # So that nothing is submitted behind the end. Reentrant: a garbage collection in the middle of a submit may run a
+        # finalizer that submits.
+        self._submitting = threading.RLock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -117,7 +119,7 @@ class EventLoopThread:
 
 
 _client_loop: EventLoopThread | None = None
-_client_loop_lock = threading.Lock()
+_client_loop_lock = threading.Lock()  # not for finalizers: they may run while it is held, and have running_client_loop
 
 
 def client_loop() -> EventLoopThread:
@@ -127,6 +129,12 @@ def client_loop() -> EventLoopThread:
         if _client_loop is None or not _client_loop.is_alive():
             _client_loop = EventLoopThread(CLIENT_LOOP_NAME)
         return _client_loop
+
+
+def running_client_loop() -> EventLoopThread | None:
+    """``client_loop``, if there is one; takes no lock."""
+    loop = _client_loop
+    return loop if loop is not None and loop.is_alive() else None
 
 
 def _stop_client_loop() -> None:

@@ -1,8 +1,8 @@
 """Link: one established connection of the direct link. Owns: its socket, multiplexing, fairness, and being cut off.
 
-Non-blocking socket calls from the event loop (``add_reader`` / ``add_writer``) instead of asyncio's streams or protocols: bytes
-go from the kernel right into a tensor's memory, and from a tensor's memory right into the kernel. Must not know: how the
-connection came about, or what a call means.
+Non-blocking socket calls (``add_reader`` / ``add_writer``) instead of asyncio's streams or protocols: bytes go from the kernel
+right into a tensor's memory, and from a tensor's memory right into the kernel. The event loop reads; any thread may send.
+Must not know: how the connection came about, or what a call means.
 
 Fairness: outgoing calls take turns, a chunk each. A peer that sends garbage, or takes nothing for ``stall_timeout_s`` while
 something waits to be sent, is cut off; other links do not notice.

@@ -7,12 +7,13 @@ import os
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import uvloop
 
 from moe.errors import CallTimeout, DeadlineExceeded, LifecycleError
-from moe.transport.event_loop import CLIENT_LOOP_NAME, EventLoopThread, client_loop
+from moe.transport.event_loop import CLIENT_LOOP_NAME, EventLoopThread, client_loop, running_client_loop
 from tests.experts import in_parallel
 
 WAIT_S = 20.0
@@ -176,3 +177,32 @@ def test_a_forked_child_gets_a_loop_of_its_own() -> None:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert parents.run(asyncio.sleep(0, "alive"), WAIT_S) == "alive"
+
+
+@pytest.mark.timeout(WAIT_S)
+def test_a_finalizer_may_submit_in_the_middle_of_a_submit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A garbage collection may run one anywhere. (Seen: it closed a DHT's transport, in the thread that was submitting.)"""
+    loop, original = EventLoopThread("moe-test-reentrant"), asyncio.run_coroutine_threadsafe
+    finalized: list[Any] = []
+
+    def collecting(coroutine: Any, running: Any) -> Any:
+        if not finalized:
+            finalized.append(None)
+            finalized[0] = loop.submit(asyncio.sleep(0, "finalized"))
+        return original(coroutine, running)
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", collecting)
+    try:
+        assert loop.run(asyncio.sleep(0, "submitted"), WAIT_S) == "submitted"
+        assert finalized[0].result(WAIT_S) == "finalized"
+    finally:
+        loop.stop()
+
+
+def test_a_running_client_loop_is_not_made() -> None:
+    running = client_loop()
+    assert running_client_loop() is running
+    running.stop()
+    assert running_client_loop() is None
+    assert client_loop() is not running
+    assert running_client_loop() is not None
