@@ -149,8 +149,8 @@ def _wait(dht: DHT, stage: str, future: Any, deadline: float) -> Any:
         try:
             return future.result(timeout=max(0.0, min(left, _POLL_S)))
         except concurrent.futures.TimeoutError:
-            if future.done():
-                raise  # it is the result
+            if future.done():  # it is the result; or that came just after our waiting had ended
+                return future.result(timeout=0.0)
             if left <= 0:
                 raise CallTimeout(f"DHT: {stage}: no answer in time") from None
         try:

@@ -436,8 +436,8 @@ def test_a_second_backward_gives_the_same_gradients(swarm: SequenceSwarm) -> Non
     second = torch.autograd.grad(y, wanted, retain_graph=True)
     third = torch.autograd.grad(y, wanted)
     for a, b, c in zip(first, second, third):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)  # parts may share a batch or not
-        torch.testing.assert_close(a, c, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)  # parts may share a batch or not
+        torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, wanted)
 
