@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import math
 import os
@@ -730,6 +731,22 @@ def is_running(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def test_an_answer_that_comes_as_a_poll_ends_is_not_lost():
+    class JustLate:
+        there = False
+
+        def done(self) -> bool:
+            return self.there
+
+        def result(self, timeout: float) -> str:
+            if not self.there:
+                self.there = True
+                raise concurrent.futures.TimeoutError  # of the poll; the answer comes before anybody looks again
+            return "the answer"
+
+    assert moe.dht.process._wait(None, "starting", JustLate(), time.monotonic() + 10.0) == "the answer"
 
 
 def test_stopping_leaves_nothing():
