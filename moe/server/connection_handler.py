@@ -221,15 +221,14 @@ class RequestAdmission:
         self._uids = tuple(backend.name for backend in backends)
         self._chain = _planned(backends, header)
         self._entries = self._chain.entries
-        self._wants: tuple[bool, ...] = ()
+        self._wants = self._chain.floating
+        if header is not None and header.wants_grad is not None:
+            if len(header.wants_grad) != len(self._wants):
+                raise SchemaError(
+                    f"wants_grad: expected {len(self._wants)} flags, one per input, got {len(header.wants_grad)}"
+                )
+            self._wants = tuple(wanted and floating for wanted, floating in zip(header.wants_grad, self._wants))
         if method == BACKWARD:
-            self._wants = self._chain.floating
-            if header is not None and header.wants_grad is not None:
-                if len(header.wants_grad) != len(self._wants):
-                    raise SchemaError(
-                        f"wants_grad: expected {len(self._wants)} flags, one per input, got {len(header.wants_grad)}"
-                    )
-                self._wants = tuple(wanted and floating for wanted, floating in zip(header.wants_grad, self._wants))
             self._entries += backends[-1].gradient_entries(stock=header is None)
         self._max_rows = min(backend.max_batch_size for backend in backends)
         self._keys = header.held if header is not None else {}

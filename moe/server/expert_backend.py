@@ -367,18 +367,6 @@ class ExpertBackend:
         task.kept = kept
         return tuple(output.detach() if isinstance(output, torch.Tensor) else output for output in kept.outputs)
 
-    @contextlib.contextmanager
-    def _as_trained(self) -> Iterator[None]:
-        """An expert without an optimizer is frozen: its parameters take no part in autograd meanwhile."""
-        frozen = [] if self.optimizer is not None else [p for p in self.module.parameters() if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-
     def _call_module(self, args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> list[torch.Tensor]:
         """The module's outputs, flat.
 
@@ -515,23 +503,31 @@ class ExpertBackend:
         return results
 
     @contextlib.contextmanager
-    def _parameter_gradients(self) -> Iterator[None]:
-        """Let the body compute parameter gradients from none; add them to those of before, or drop them if it raises.
+    def _as_trained(self) -> Iterator[None]:
+        """An expert without an optimizer is frozen: its parameters take no part in autograd meanwhile."""
+        frozen = [] if self.optimizer is not None else [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
-        An expert without an optimizer is frozen: its parameters take no part in autograd meanwhile.
-        """
+    @contextlib.contextmanager
+    def _parameter_gradients(self) -> Iterator[None]:
+        """Let the body compute parameter gradients from none; add them to those of before, or drop them if it raises."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
-            parameter.requires_grad_(self.optimizer is not None)
         done = False
         try:
-            yield
+            with self._as_trained():
+                yield
             done = True
         finally:
             for parameter, grad in zip(parameters, before):
-                parameter.requires_grad_(True)
                 if grad is not None and parameter.grad is not None and done:
                     grad.add_(parameter.grad)
                 if grad is not None or not done:

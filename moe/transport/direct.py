@@ -62,9 +62,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_HANDSHAKES = 64  # strangers being listened to at one time
 MAX_LINKS_PER_PEER = 8
 _HELLO_BYTES = HEADER_BYTES + SECRET_BYTES
-_NEVER_REUSED_BYTES = (
-    2**25
-)  # glibc gives freed blocks from this size on back to the kernel (DEFAULT_MMAP_THRESHOLD_MAX)
+_NEVER_REUSED_BYTES = 2**25  # from here on glibc gives freed blocks back to the kernel (DEFAULT_MMAP_THRESHOLD_MAX)
 _SMALL_BYTES = 2**16  # tensors up to this are (de)coded in the event loop
 
 # --- handshakes: blocking, each in a thread, before a socket becomes a Link ----------------------------------------------
@@ -193,7 +191,8 @@ def _memory(size_bytes: int) -> memoryview:
         return memoryview(b"")
     if size_bytes >= _NEVER_REUSED_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):  # fresh pages each time: few, large ones
         pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
         return memoryview(pages)
     view: memoryview = torch.empty(size_bytes, dtype=torch.uint8).numpy().data
     return view
