@@ -139,7 +139,8 @@ class HandlerConfig:
     """What a server accepts from the network.
 
     :param max_request_bytes: of all tensors of one request together; wildcard sizes are bounded by this alone
-    :param max_inflight_bytes: of all requests being received or answered at one time
+    :param max_inflight_bytes: of all requests being received, waiting, computed or answered at one time
+    :param max_inflight_bytes_per_peer: of those of one peer; a single request may be larger
     :param request_timeout_s: longest a request may take when its caller sets no shorter time
     :param read_timeout_s: longest silence while a request is being received (against slow senders)
     :param once_max_replies: finished backward replies kept to answer repeats
@@ -153,6 +154,7 @@ class HandlerConfig:
 
     max_request_bytes: int = 2**30
     max_inflight_bytes: int = 2**32
+    max_inflight_bytes_per_peer: int = 2**31
     request_timeout_s: float = 300.0
     read_timeout_s: float = 30.0
     once_max_replies: int = 4096

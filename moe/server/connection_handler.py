@@ -26,7 +26,6 @@ from moe.errors import (
     DeadlineExceeded,
     ExpertNotFound,
     MoEError,
-    Overloaded,
     Refused,
     SchemaError,
     TensorNotHeld,
@@ -41,6 +40,7 @@ from moe.server.kept_forwards import KeptForward
 from moe.server.once import OnceWindow
 from moe.server.task_pool import Task, TaskResult
 from moe.transport.base import BACKWARD, FORWARD, Reply
+from moe.transport.inflight import InflightBytes
 from moe.wire.messages import (
     HELD_TENSORS,
     MIN_HELD_BYTES,
@@ -83,7 +83,7 @@ class ConnectionHandler:
     ):
         self.backends, self.config, self.authorize = dict(backends), config or HandlerConfig(), authorize
         self._tell_metadata = authorize is not None and _takes(authorize, 4)
-        self.inflight_bytes = 0
+        self.inflight = InflightBytes(self.config.max_inflight_bytes, self.config.max_inflight_bytes_per_peer)
         self.requests = 0
         self._opened: Counter[str] = Counter()  # requests by uid, so far and now
         self._open: Counter[str] = Counter()
@@ -99,7 +99,7 @@ class ConnectionHandler:
         self._expiry: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        return f"ConnectionHandler({len(self.backends)} experts, {self.inflight_bytes} bytes in flight)"
+        return f"ConnectionHandler({len(self.backends)} experts, {self.inflight.bytes} bytes in flight)"
 
     @property
     def read_timeout_s(self) -> float:
@@ -247,6 +247,12 @@ class RequestAdmission:
         if header is not None and header.time_left_s is not None:
             limit_s = min(limit_s, header.time_left_s)
         self._deadline = now + limit_s
+        self._reservation = handler.inflight.reserve(peer, 0, "request")
+
+    @property
+    def deadline(self) -> float:
+        """See Admission."""
+        return self._deadline
 
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """Check a tensor's declaration against the schema and the limits, before any memory is taken for it."""
@@ -306,16 +312,12 @@ class RequestAdmission:
 
     def _hold(self, size_bytes: int) -> None:
         """Count memory as in flight until ``release``."""
-        handler = self._handler
-        if handler.inflight_bytes + size_bytes > handler.config.max_inflight_bytes:
-            raise Overloaded(f"{handler.inflight_bytes} bytes of requests are in flight already; try again later")
+        self._reservation.grow(size_bytes)
         self._bytes += size_bytes
-        handler.inflight_bytes += size_bytes
 
     def release(self) -> None:
         """Give back the bytes held in flight."""
-        self._handler.inflight_bytes -= self._bytes
-        self._bytes = 0
+        self._reservation.done_with("request")
         self._handler.closed(self._uids)
         self._uids = ()
         if self._started is not None:

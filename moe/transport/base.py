@@ -17,6 +17,7 @@ import torch
 from moe.errors import CallTimeout, MoEError
 from moe.expert_uid import PeerIDLike
 from moe.schema import Compression
+from moe.transport.inflight import InflightBytes
 from moe.wire.messages import ExpertDescription, ReplyHeader, RequestHeader
 
 T = TypeVar("T")
@@ -96,6 +97,11 @@ class Admission(Protocol):
     It is also the gate its tensors pass: see ``TensorGate`` in moe.wire.hivemind_dialect.
     """
 
+    @property
+    def deadline(self) -> float:
+        """Monotonic time at which nobody waits for the answer any more; whatever is not received until then is not wanted."""
+        ...
+
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """Most bytes this tensor may have on the wire; raises if its declaration alone is wrong."""
         ...
@@ -114,7 +120,8 @@ class Admission(Protocol):
         ...
 
     def release(self) -> None:
-        """Give back what the admission holds, and withdraw what was started. Called exactly once, whatever happens."""
+        """Give back what the admission holds, and withdraw what was started. Called once the answer has left this process or
+        can never leave it, whatever happens; again does no harm."""
         ...
 
 
@@ -124,6 +131,11 @@ class ExpertService(Protocol):
     @property
     def read_timeout_s(self) -> float:
         """Longest silence while a request is being received."""
+        ...
+
+    @property
+    def inflight(self) -> InflightBytes:
+        """Memory taken for peers. Transports count here what they hold of requests that are not admitted yet."""
         ...
 
     def describe(self, uid: str) -> ExpertDescription:

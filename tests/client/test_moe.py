@@ -488,7 +488,7 @@ def test_cancelling_a_straggler_withdraws_its_task_from_the_server():
         moe.timeout_after_k_min = None
         moe(x)
         assert moe.statistics().forward_failures == {}
-        assert swarm.handlers[busy].inflight_bytes == 0
+        assert swarm.handlers[busy].inflight.bytes == 0
         assert swarm.backends[busy].forward_pool.statistics().batches == 2, "the withdrawn task was not computed"
 
 

@@ -393,7 +393,7 @@ def test_a_call_that_is_given_up_leaves_nothing() -> None:
         while client_loop().run(left()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert swarm.swarm.server.handler.inflight_bytes == 0
+        assert swarm.swarm.server.handler.inflight.bytes == 0
 
 
 def test_describing_survives_servers_that_do_not_answer() -> None:

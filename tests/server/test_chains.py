@@ -131,7 +131,7 @@ def test_blocks_run_one_after_another_with_shared_and_own_kwargs() -> None:
     assert reply.header.compute_s > 0
     for got, leaf in zip(reply.tensors, mine):
         close(got, leaf.grad)
-    assert swarm.server.handler.inflight_bytes == 0
+    assert swarm.server.handler.inflight.bytes == 0
 
 
 @pytest.mark.parametrize("rank", [2, 3, HIDDEN])  # as many as rows, as the length, as the hidden size
@@ -385,7 +385,7 @@ def test_a_chain_that_makes_no_sense_is_refused_before_it_is_computed(case: str)
         with pytest.raises(SchemaError, match=problem):
             send(swarm, method, list(backends), tensors, header)
         assert [backend.module.launches for backend in backends.values()] == launches
-    assert swarm.server.handler.inflight_bytes == 0
+    assert swarm.server.handler.inflight.bytes == 0
 
 
 def test_blocks_that_do_not_fit_together_are_refused() -> None:
@@ -420,11 +420,11 @@ def test_each_tensor_is_counted_once_and_before_memory_is_taken() -> None:
     admission = handler.open("peer", FORWARD, "b.0 b.1 b.2", SHARED)
     admission.admit(0, (1, 5, HIDDEN), "float32", Compression.NONE)
     admission.admit(1, (HIDDEN, 5), "float32", Compression.NONE)
-    assert handler.inflight_bytes == 240
+    assert handler.inflight.bytes == 240
     with pytest.raises(SchemaError, match="exceeds 400 bytes"):
         admission.admit(2, (10, HIDDEN), "float32", Compression.NONE)
     admission.release()
-    assert handler.inflight_bytes == 0
+    assert handler.inflight.bytes == 0
 
 
 def test_what_a_backward_keeps_in_between_counts_too() -> None:
@@ -436,7 +436,7 @@ def test_what_a_backward_keeps_in_between_counts_too() -> None:
         send(swarm, BACKWARD, ["b.0", "b.1"], [x(), x()], ids(header_of(BlockInputs(), BlockInputs())))
         with pytest.raises(Overloaded, match="b.1: |in flight"):
             send(swarm, BACKWARD, backends, [x(), x()], ids(PLAIN3))
-        assert swarm.server.handler.inflight_bytes == 0
+        assert swarm.server.handler.inflight.bytes == 0
 
 
 # --- deadlines, errors, callers that go --------------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def test_a_chain_whose_caller_has_gone_stops_at_its_next_block() -> None:
             swarm.server.wait_pending(1)
             future.cancel()
             deadline = time.monotonic() + WAIT_S
-            while swarm.server.pending or swarm.server.handler.inflight_bytes:
+            while swarm.server.pending or swarm.server.handler.inflight.bytes:
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
         assert sum(backend.forward_pool.statistics().tasks for backend in backends.values()) == 0
@@ -542,4 +542,4 @@ def test_any_chain_is_admitted_or_a_typed_error(
         pass
     finally:
         admission.release()
-    assert _FUZZED.inflight_bytes == 0
+    assert _FUZZED.inflight.bytes == 0

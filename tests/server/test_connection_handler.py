@@ -142,7 +142,7 @@ def test_bad_input_is_named_in_time_and_good_calls_stay_exact(swarm: MemorySwarm
         raise bad
     for output in (concurrent, send(swarm, FORWARD, [good]).tensors[0]):
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    assert swarm.server.handler.inflight_bytes == 0
+    assert swarm.server.handler.inflight.bytes == 0
     assert swarm.server.pending == 0
 
 
@@ -223,9 +223,9 @@ def test_a_request_is_bounded_before_memory_is_taken() -> None:
         handler.open("peer", FORWARD, "lora.0", NATIVE).admit(0, (1, 10**9, HIDDEN), "float32", Compression.NONE)
     with pytest.raises(Overloaded, match="960 bytes of requests are in flight"):
         handler.open("peer", FORWARD, "lora.0", NATIVE).admit(0, (1, 30, HIDDEN), "float32", Compression.NONE)
-    assert handler.inflight_bytes == 960
+    assert handler.inflight.bytes == 960
     first.release()
-    assert handler.inflight_bytes == 0
+    assert handler.inflight.bytes == 0
 
 
 def test_what_a_lossy_codec_unpacks_to_counts() -> None:
@@ -300,7 +300,7 @@ def test_a_forward_whose_caller_has_gone_is_withdrawn_and_a_backward_is_not() ->
                 future.cancel()
                 wait_until(lambda left=left: swarm.server.pending == left)
         wait_until(lambda: backend.updates == 1)  # a repeat of it may be under way
-    wait_until(lambda: swarm.server.handler.inflight_bytes == 0)
+    wait_until(lambda: swarm.server.handler.inflight.bytes == 0)
 
 
 def wait_until(condition: Any) -> None:
@@ -331,7 +331,7 @@ def test_ten_thousand_failing_calls_leave_nothing(swarm: MemorySwarm) -> None:
         with pytest.raises(SchemaError):
             admission.admit(0, tuple(tensors[0].shape), "float32", Compression.NONE)
         admission.release()
-    assert handler.inflight_bytes == 0
+    assert handler.inflight.bytes == 0
     assert swarm.server.pending == 0
     assert repr(handler.once) == "OnceWindow(0 running, 0 answers of 0 bytes)"
 
@@ -595,9 +595,9 @@ class Starting:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        before = self.server.handler.inflight_bytes
+        before = self.server.handler.inflight.bytes
         self._in_loop(self.admission.release)
-        assert before - self.server.handler.inflight_bytes == sum(tensor.nbytes for tensor in self.tensors)
+        assert before - self.server.handler.inflight.bytes == sum(tensor.nbytes for tensor in self.tensors)
 
     def _open(self) -> Any:
         call = self.call

@@ -271,7 +271,7 @@ def test_an_adapter_that_was_sent_before_need_not_be_sent_again() -> None:
             close(got, leaf.grad)
         one_of_them = lora_header(held={2: keys[2]})
         close(send(server, FORWARD, [data, lora[0]], one_of_them).tensors[0], expected)
-        assert server.handler.inflight_bytes == 0
+        assert server.handler.inflight.bytes == 0
 
 
 def test_inputs_of_a_forward_are_kept_for_one_backward() -> None:
@@ -398,7 +398,7 @@ def test_bytes_of_a_reference_count_as_if_they_had_been_sent() -> None:
         with Opened(server, header), pytest.raises(Overloaded, match="in flight"):
             send(server, FORWARD, [x()], header)
         send(server, FORWARD, [x()], header)
-        assert server.handler.inflight_bytes == 0
+        assert server.handler.inflight.bytes == 0
 
 
 class Opened:
@@ -519,7 +519,7 @@ def test_a_bad_reference_is_refused(name: str) -> None:
         with pytest.raises(error, match=message):
             send(server, method, sent, header)
         assert (server.handler.held_globals.bytes, server.handler.held_inputs.bytes) == before
-        assert server.handler.inflight_bytes == 0
+        assert server.handler.inflight.bytes == 0
         assert server.handler.traffic(["lora.0"]).open == 0
 
 
@@ -551,7 +551,7 @@ def test_a_reference_is_answered_before_any_tensor_is_taken() -> None:
 
         with pytest.raises(TensorNotHeld):
             client_loop().run(open_it())
-        assert server.handler.inflight_bytes == 0
+        assert server.handler.inflight.bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def send(server: Server, raw: RawClient) -> Callable[[Any], Any]:
         finally:
             for parameter, value in zip(server.expert_backends[UID].module.parameters(), before):
                 assert torch.equal(parameter, value)
-            assert server.handler.inflight_bytes == 0
+            assert server.handler.inflight.bytes == 0
 
     return run
 

@@ -83,7 +83,7 @@ def test_nothing_is_left_of_a_client_that_is_killed(dht: DHT, transport: str) ->
             client.kill()
             killed = time.monotonic()
         wait_until(lambda: all(pool.statistics().pending == 0 for pool in pools), what="withdrawing the calls")
-        wait_until(lambda: server.handler.inflight_bytes == 0, what="forgetting the requests")
+        wait_until(lambda: server.handler.inflight.bytes == 0, what="forgetting the requests")
         report(f"forgotten {time.monotonic() - killed:.2f} s after the kill")
         wait_until(lambda: psutil.Process().num_fds() <= before, what="closing the connections")
         torch.testing.assert_close(expert(lasting(0.0)), lasting(0.0))

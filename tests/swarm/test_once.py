@@ -207,4 +207,4 @@ def test_many_large_answers_at_once(server: Server, raw: RawClient) -> None:
         await asyncio.gather(*(one(rows) for rows in (1, 2, 3, 4, 5, 1, 2, 8)))
 
     raw.run(all_of_them())
-    assert server.handler.inflight_bytes == 0
+    assert server.handler.inflight.bytes == 0

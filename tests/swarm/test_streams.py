@@ -220,7 +220,7 @@ def test_nonsense(server: Server, raw: RawClient, fault: str) -> None:
         await works(raw)
 
     raw.run(attack())
-    assert server.handler.inflight_bytes == 0
+    assert server.handler.inflight.bytes == 0
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_silence_ends_a_stream(server: Server, raw: RawClient, begun: bytes) -> 
                 await answer(reader)
 
     raw.run(attack())
-    assert server.handler.inflight_bytes == 0
+    assert server.handler.inflight.bytes == 0
 
 
 def test_a_byte_now_and_then_does_not_keep_a_stream_open(server: Server, raw: RawClient) -> None:
@@ -286,7 +286,7 @@ def test_a_caller_who_leaves_in_the_middle(server: Server, raw: RawClient) -> No
 
     raw.run(gather_limited(leave, 20, 5))
     raw.run(works(raw))
-    wait_until(lambda: server.handler.inflight_bytes == 0, what="forgetting the requests")
+    wait_until(lambda: server.handler.inflight.bytes == 0, what="forgetting the requests")
 
 
 def test_a_caller_who_never_reads_the_answer(server: Server, raw: RawClient) -> None:
@@ -312,7 +312,7 @@ def test_a_caller_who_never_reads_the_answer(server: Server, raw: RawClient) -> 
                 await stack.enter_async_context(asked())
             await works(raw)
             for _ in range(100):
-                if server.handler.inflight_bytes == 0:
+                if server.handler.inflight.bytes == 0:
                     return
                 await asyncio.sleep(0.1)
             raise AssertionError("the server still holds what nobody reads")

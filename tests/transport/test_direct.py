@@ -107,9 +107,9 @@ class Host:
     def await_release(self) -> None:
         """Soon after the last reply, nothing is in flight."""
         deadline = time.monotonic() + 10.0
-        while self.handler.inflight_bytes and time.monotonic() < deadline:
+        while self.handler.inflight.bytes and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert self.handler.inflight_bytes == 0
+        assert self.handler.inflight.bytes == 0
 
     def links(self) -> int:
         async def count() -> int:
