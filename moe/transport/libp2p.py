@@ -475,11 +475,14 @@ class LibP2PServer:
                 del tasks[call_id]
 
     async def _info(self, request: Any, context: P2PContext) -> Any:
-        return ExpertInfo(serialized_info=encode_info(self._service.describe(request.uid)))
+        description = self._service.describe(context.remote_id.to_base58(), _checked_uid(request.uid))
+        return ExpertInfo(serialized_info=encode_info(description))
 
     async def _ticket(self, request: Any, context: P2PContext) -> Any:
         assert self._issue_ticket is not None
-        return ExpertResponse(metadata=encode_ticket(self._issue_ticket(context.remote_id.to_base58())))
+        peer = context.remote_id.to_base58()
+        self._service.allow_ticket(peer)
+        return ExpertResponse(metadata=encode_ticket(self._issue_ticket(peer)))
 
     # --- unary -------------------------------------------------------------------------------------------------------
 

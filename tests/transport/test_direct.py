@@ -459,7 +459,7 @@ class LibP2P:
         self.host, self._ticket, self.calls = host, ticket, 0
 
     async def info(self, peer: Any, uid: str, *, timeout_s: float | None) -> ExpertDescription:
-        return self.host.handler.describe(uid)
+        return self.host.handler.describe("client", uid)
 
     async def call(self, peer: Any, call: Call, *, timeout_s: float | None) -> Reply:
         self.calls += 1
