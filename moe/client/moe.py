@@ -9,6 +9,7 @@ Legend: B = rows of the batch, K = experts per row, E = distinct experts, N = (r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -22,10 +23,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from moe.client.beam_search import MoEBeamSearcher
-from moe.client.call_many import CallMany, NonFiniteInput, check_finite, describe_any
+from moe.client.call_many import CallMany, NonFiniteInput, check_finite, check_mixable, describe_any
 from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
 from moe.client.fan_out import Abandoned, Assignment, CutOff, Quorum, name_rows
 from moe.client.references import KeptRows
+from moe.client.remote_module import RemoteModule, check_differentiable
 from moe.client.requests import Gradients
 from moe.config import ClientConfig, check_positive, replace_known
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = ClientConfig(max_retries=1)  # ours, not measured
 MAX_REMEMBERED_EXPERTS = 4096  # whose description is kept; ours, a few KiB each
 MAX_NAMED_EXPERTS = 8  # in a message
+OTHER_OPINIONS_S = 2.0  # waited for what other experts say that they take, if it is not what the first one says; ours
 RESOLVE_TIMEOUT_S = 15.0  # to learn from the DHT how to open connections; once per process
 
 
@@ -97,7 +100,7 @@ class MoEStatistics:
     total_backward_failures: int = 0
 
 
-class RemoteMixtureOfExperts(nn.Module):
+class RemoteMixtureOfExperts(RemoteModule):
     """Mixes the outputs of the ``k_best`` remote experts that a local gate scores highest, row by row.
 
     An expert that fails in forward is left out of the mixture; one that fails in backward counts as a constant. Outputs
@@ -124,6 +127,8 @@ class RemoteMixtureOfExperts(nn.Module):
     :param beam_search: chooses experts in place of a MoEBeamSearcher
     :raises ConfigError: settings that make no sense or contradict each other
     """
+
+    shared = ("dht", "config", "beam_search", "_experts", "_typical", "_numbers")
 
     def __init__(
         self,
@@ -170,6 +175,11 @@ class RemoteMixtureOfExperts(nn.Module):
         self._numbers = itertools.count(1)  # of calls
         self._latest_call = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteMixtureOfExperts:
+        copied = super().__deepcopy__(memo)
+        copied._experts = dict(self._experts)
+        return copied
+
     def extra_repr(self) -> str:
         """For repr."""
         grid = f"uid_prefix={self.beam_search.uid_prefix!r}, grid_size={tuple(self.beam_search.grid_size)}"
@@ -211,6 +221,7 @@ class RemoteMixtureOfExperts(nn.Module):
         :param kwargs: keyword inputs; batched ones are dispatched with their rows, global ones go to every expert whole
         :returns: averaged outputs, nested as the experts return them
         :raises SchemaError: inputs that do not fit, before anything is sent
+        :raises Unsupported: a derivative is wanted that servers do not compute
         :raises NoExpertsFound: no live expert is known
         :raises TooFewExperts: fewer than k_min answered for some rows
         """
@@ -267,15 +278,17 @@ class RemoteMixtureOfExperts(nn.Module):
         assignment = self._search(grid_scores, budget)
         searched = time.perf_counter()
         experts = self._remote_experts(assignment.experts_E, budget)
-        schema = self._describe(experts, budget)
-        present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
+        bound = self._bind(experts, budget, assignment, args, kwargs, batch_kwargs, global_kwargs)
+        schema, present, tensors, sent = bound
         trains = any(expert.caller.known is None or expert.caller.known[0].trainable for expert in experts)
         kept: dict[str, KeptRows] | None = None
-        if torch.is_grad_enabled() and (trains or any(tensor.requires_grad for tensor in tensors)):
+        grad = torch.is_grad_enabled() and (trains or any(tensor.requires_grad for tensor in tensors))
+        check_differentiable(tensors, grad=grad)
+        if grad:
             kept = {}
         call = CallMany(next(self._numbers), schema, present, assignment, tuple(experts), kept)
-        sent = to_wire(schema, present, tensors)
-        call.check(sent, finite=self.detect_anomalies)
+        if self.detect_anomalies:
+            check_finite(call.entries, sent, "inputs")
 
         k_min = self.k_min if self.allow_zero_outputs else max(self.k_min, 1)
         quorum = call.quorum(np.full(assignment.batch_size, k_min), zeros_allowed=self.allow_zero_outputs)
@@ -320,12 +333,45 @@ class RemoteMixtureOfExperts(nn.Module):
             self._experts[info] = expert
             experts.append(expert)
         for info in list(self._experts)[: max(0, len(self._experts) - MAX_REMEMBERED_EXPERTS)]:
-            del self._experts[info]
+            self._experts.pop(info, None)  # another thread may have done so
         return experts
+
+    def _bind(
+        self,
+        experts: Sequence[RemoteExpert],
+        budget: Budget,
+        assignment: Assignment,
+        args: tuple[Nested, ...],
+        kwargs: Mapping[str, Nested],
+        batch_kwargs: Mapping[str, Nested] | None,
+        global_kwargs: Mapping[str, Nested] | None,
+    ) -> tuple[ExpertSchema, tuple[str, ...], list[torch.Tensor], list[torch.Tensor]]:
+        """The call's tensors matched to the experts' schema: which one, the optional kwargs given, the tensors as they are and
+        as they are sent. If they do not fit what one expert has told, they may fit what the others tell."""
+
+        def bind(
+            schema: ExpertSchema,
+        ) -> tuple[ExpertSchema, tuple[str, ...], list[torch.Tensor], list[torch.Tensor]]:
+            present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
+            sent = to_wire(schema, present, tensors)
+            check_mixable(schema, present, sent, assignment.batch_size)
+            return schema, present, tensors, sent
+
+        described = self._describe(experts, budget)
+        try:
+            return bind(described)
+        except SchemaError:
+            for expert, schema in self._described_otherwise(described, experts, budget):
+                with contextlib.suppress(SchemaError):
+                    bound = bind(schema)
+                    self._typical = expert, schema
+                    return bound
+            raise
 
     def _describe(self, experts: Sequence[RemoteExpert], budget: Budget) -> ExpertSchema:
         """The schema that calls are matched to: that of the first expert to tell."""
-        if self._typical is None:
+        typical = self._typical
+        if typical is None:
             if not experts:
                 return self._describe_any(budget)[1]
             described = client_loop().run(describe_any(experts, budget))
@@ -337,17 +383,37 @@ class RemoteMixtureOfExperts(nn.Module):
             raise TooFewExperts(
                 f"none of {len(experts)} experts that were found says what it takes: {error}"
             ) from error
-        return self._typical[1]
+        return typical[1]
+
+    @staticmethod
+    def _described_otherwise(
+        schema: ExpertSchema, experts: Sequence[RemoteExpert], budget: Budget
+    ) -> list[tuple[RemoteExpert, ExpertSchema]]:
+        """Other schemas that experts tell, those of most experts first, and one expert of each."""
+        if len(experts) < 2:
+            return []
+        others: list[list[tuple[RemoteExpert, ExpertSchema]]] = []
+        described = client_loop().run(describe_any(experts, budget, after_first_s=OTHER_OPINIONS_S))
+        for expert, known in zip(experts, described):
+            if isinstance(known, MoEError) or known[1] == schema:
+                continue
+            same = next((group for group in others if group[0][1] == known[1]), None)
+            if same is None:
+                others.append([(expert, known[1])])
+            else:
+                same.append((expert, known[1]))
+        return [group[0] for group in sorted(others, key=len, reverse=True)]
 
     def _describe_any(self, budget: Budget) -> tuple[RemoteExpert, ExpertSchema]:
-        if self._typical is None:
+        typical = self._typical
+        if typical is None:
             scores = [np.zeros((1, size), np.float32) for size in self.beam_search.grid_size]
             (found,) = self.beam_search.search(scores, 1, timeout_s=budget.left_s())
             if not found:
                 raise self.beam_search.no_experts_found()
-            self._describe(self._remote_experts(found, budget), budget)
-        assert self._typical is not None
-        return self._typical
+            experts = self._remote_experts(found, budget)
+            typical = experts[0], self._describe(experts, budget)
+        return typical
 
     def _note_failures(
         self, experts: Sequence[RemoteExpert], results: Sequence[Any], stage: str
@@ -389,7 +455,7 @@ class RemoteMixtureOfExperts(nn.Module):
         budget = Budget(self.config.total_timeout_s if self.backward_timeout is None else self.backward_timeout)
         started = time.perf_counter()
         outputs = [(e, grad) for e, grad in zip(call.schema.output_entries, grad_outputs) if e.proto.is_floating_point]
-        grads = [grad.detach().to("cpu", entry.proto.dtype) for entry, grad in outputs]
+        grads = [grad.detach().to("cpu", entry.proto.dtype).contiguous() for entry, grad in outputs]
         if self.detect_anomalies:
             check_finite([entry for entry, _ in outputs], grads, "gradients")
         sent = to_wire(call.schema, call.present, inputs)
