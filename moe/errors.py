@@ -214,7 +214,8 @@ _OF_SERVERS: dict[str, type[MoEError]] = {
     **{cls.code: cls for cls in (RemoteError, ExpertNotFound, ExpertFailed, NonFiniteError, Refused, Overloaded)},
     **{cls.code: cls for cls in (DeadlineExceeded, Unavailable, TensorNotHeld, ProtocolError, ReplyTooLarge)},
     SchemaError.code: RemoteSchemaError,
-    **{cls.code: Unavailable for cls in (LifecycleError, TransportError, ConnectError, CallTimeout, PeerGone)},
+    CallTimeout.code: DeadlineExceeded,
+    **{cls.code: Unavailable for cls in (LifecycleError, TransportError, ConnectError, PeerGone)},
 }
 """What the codes of errors mean that a server answers with. What went wrong between it and others is its own affair."""
 

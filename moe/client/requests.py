@@ -25,16 +25,15 @@ from moe.chains import Chain
 from moe.client.references import Kept, Referring, may_refer
 from moe.config import ClientConfig
 from moe.errors import (
-    ConfigError,
     ExpertFailed,
+    LifecycleError,
     MoEError,
     NonFiniteError,
     ProtocolError,
     RemoteError,
     RemoteSchemaError,
-    RoutingError,
     SchemaError,
-    Unsupported,
+    TransportError,
     printable,
 )
 from moe.expert_uid import PeerIDLike, join_chain
@@ -89,7 +88,7 @@ class Blaming:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(error, Exception) or (isinstance(error, MoEError) and not isinstance(error, _NOT_OF_PEERS)):
+        if not isinstance(error, Exception) or isinstance(error, _OF_PEERS):
             return
         peer = self._peer.to_base58()
         if isinstance(error, SchemaError):
@@ -100,7 +99,7 @@ class Blaming:
         raise ProtocolError(f"what the server sent makes no sense: {what}", peer=peer) from error
 
 
-_NOT_OF_PEERS = (SchemaError, ConfigError, RoutingError, Unsupported)
+_OF_PEERS = (RemoteError, ProtocolError, TransportError, LifecycleError)  # the last one: our event loop has ended
 
 
 async def describe_at(transport: ExpertTransport, peer: PeerIDLike, uid: str, timeout_s: float | None) -> Described:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.errors import ExpertFailed, Overloaded, ProtocolError, Refused, RemoteError, SchemaError
+from moe.errors import ExpertFailed, Overloaded, ProtocolError, Refused, RemoteError
 from moe.schema import BatchTensorProto, ExpertSchema
 from moe.wire.messages import (
     FEATURES,
