@@ -133,13 +133,13 @@ class ExpertCaller:
 
         :param known: what was told
         """
-        for peer in self.peers[1 : self.config.max_retries + 1]:
+        for peer in self.peers[: self.config.max_retries + 1]:
             try:
                 described = await self._ask_description(peer, budget.left_s(self.config.connect_timeout_s))
             except MoEError as e:
                 logger.debug("expert %s: no other description: %r", self.uid, e)
                 continue
-            if described[1] != known[1]:
+            if described[0] != known[0]:
                 self._described = described
                 self.peers = (peer, *(other for other in self.peers if other is not peer))
                 return described

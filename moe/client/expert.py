@@ -22,7 +22,7 @@ from moe.client.remote_module import RemoteModule, check_differentiable
 from moe.client.requests import Described, Gradients
 from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
-from moe.errors import LifecycleError, SchemaError
+from moe.errors import LifecycleError, ProtocolError, SchemaError
 from moe.expert_uid import ExpertInfo, PeerIDLike
 from moe.schema import ExpertSchema, Nested, cast_inputs
 from moe.transport.auto import AutoTransport
@@ -191,13 +191,13 @@ class RemoteExpert(RemoteModule):
 
         try:
             return call(described)
-        except SchemaError as e:
+        except (SchemaError, ProtocolError) as e:
             other = None
             if len(self.caller.peers) > 1:  # the server that has told what it takes may be the one that is wrong
                 other = client_loop().run(self.caller.describe_otherwise(described, budget))
             if other is None:
                 raise
-            with contextlib.suppress(SchemaError):
+            with contextlib.suppress(SchemaError, ProtocolError):
                 return call(other)
             raise e from None
 

@@ -13,9 +13,9 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -278,22 +278,21 @@ class RemoteMixtureOfExperts(RemoteModule):
         assignment = self._search(grid_scores, budget)
         searched = time.perf_counter()
         experts = self._remote_experts(assignment.experts_E, budget)
-        bound = self._bind(experts, budget, assignment, args, kwargs, batch_kwargs, global_kwargs)
-        schema, present, tensors, sent = bound
-        trains = any(expert.caller.known is None or expert.caller.known[0].trainable for expert in experts)
-        kept: dict[str, KeptRows] | None = None
-        grad = torch.is_grad_enabled() and (trains or any(tensor.requires_grad for tensor in tensors))
-        check_differentiable(tensors, grad=grad)
-        if grad:
-            kept = {}
-        call = CallMany(next(self._numbers), schema, present, assignment, tuple(experts), kept)
-        if self.detect_anomalies:
-            check_finite(call.entries, sent, "inputs")
 
-        k_min = self.k_min if self.allow_zero_outputs else max(self.k_min, 1)
-        quorum = call.quorum(np.full(assignment.batch_size, k_min), zeros_allowed=self.allow_zero_outputs)
-        outputs_E = client_loop().run(call.forward(call.requests(sent), quorum, budget, self.timeout_after_k_min))
-        failures = self._note_failures(experts, outputs_E, FORWARD)
+        def bind(schema: ExpertSchema) -> _Bound:
+            present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
+            sent = to_wire(schema, present, tensors)
+            check_mixable(schema, present, sent, assignment.batch_size)
+            return _Bound(schema, present, tensors, sent)
+
+        bound = self._bind(bind, experts, budget)
+        call, quorum, outputs_E, failures = self._ask(bound, assignment, experts, budget)
+        nobody = experts and all(isinstance(outputs, MoEError) for outputs in outputs_E)
+        if nobody and self._typical is None:  # perhaps since the one that has told what all return told a lie
+            other = self._bind_otherwise(bound.schema, bind, experts, budget)
+            if other is not None:
+                bound = other
+                call, quorum, outputs_E, failures = self._ask(bound, assignment, experts, budget)
         self._latest_call = call.number
         self._statistics = MoEStatistics(
             rows_per_expert={expert.uid: len(rows) for expert, rows in zip(experts, assignment.rows_E)},
@@ -303,12 +302,33 @@ class RemoteMixtureOfExperts(RemoteModule):
             total_forward_failures=self._statistics.total_forward_failures + len(failures),
             total_backward_failures=self._statistics.total_backward_failures,
         )
-        self._check_quorum(quorum, FORWARD, k_min, failures)
+        self._check_quorum(quorum, FORWARD, self._forward_k_min, failures)
 
         answered_call = call.keep([not isinstance(outputs, MoEError) for outputs in outputs_E])
-        flat = answered_call.join_outputs([o for o in outputs_E if not isinstance(o, MoEError)], sent)
+        flat = answered_call.join_outputs([o for o in outputs_E if not isinstance(o, MoEError)], bound.sent)
+        tensors = bound.tensors
         outputs = _attach(self, answered_call, [output.to(tensors[0].device) for output in flat], tensors)
-        return Answers(answered_call.assignment, schema, outputs, tensors[0].dtype)
+        return Answers(answered_call.assignment, bound.schema, outputs, tensors[0].dtype)
+
+    def _ask(
+        self, bound: _Bound, assignment: Assignment, experts: Sequence[RemoteExpert], budget: Budget
+    ) -> tuple[CallMany, Quorum, list[list[torch.Tensor] | MoEError], dict[str, MoEError]]:
+        """Call the experts: the call, who has answered which rows, outputs of each expert or why there are none, failures."""
+        grad = torch.is_grad_enabled() and (any(map(_trains, experts)) or any(t.requires_grad for t in bound.tensors))
+        check_differentiable(bound.tensors, grad=grad)
+        kept: dict[str, KeptRows] | None = {} if grad else None
+        call = CallMany(next(self._numbers), bound.schema, bound.present, assignment, tuple(experts), kept)
+        if self.detect_anomalies:
+            check_finite(call.entries, bound.sent, "inputs")
+        needed_B = np.full(assignment.batch_size, self._forward_k_min)
+        quorum = call.quorum(needed_B, zeros_allowed=self.allow_zero_outputs)
+        requests = call.requests(bound.sent)
+        outputs_E = client_loop().run(call.forward(requests, quorum, budget, self.timeout_after_k_min))
+        return call, quorum, outputs_E, self._note_failures(experts, outputs_E, FORWARD)
+
+    @property
+    def _forward_k_min(self) -> int:
+        return self.k_min if self.allow_zero_outputs else max(self.k_min, 1)
 
     def _forward_budget(self) -> Budget:
         return Budget(self.config.total_timeout_s if self.forward_timeout is None else self.forward_timeout)
@@ -336,37 +356,31 @@ class RemoteMixtureOfExperts(RemoteModule):
             self._experts.pop(info, None)  # another thread may have done so
         return experts
 
-    def _bind(
+    def _bind(self, bind: Callable[[ExpertSchema], _Bound], experts: Sequence[RemoteExpert], budget: Budget) -> _Bound:
+        """The call's tensors, matched to what the experts take. If they do not fit what one expert has told, they may fit what
+        the others tell."""
+        schema = self._describe(experts, budget)
+        try:
+            return bind(schema)
+        except SchemaError:
+            bound = self._bind_otherwise(schema, bind, experts, budget)
+            if bound is None:
+                raise
+            return bound
+
+    def _bind_otherwise(
         self,
+        schema: ExpertSchema,
+        bind: Callable[[ExpertSchema], _Bound],
         experts: Sequence[RemoteExpert],
         budget: Budget,
-        assignment: Assignment,
-        args: tuple[Nested, ...],
-        kwargs: Mapping[str, Nested],
-        batch_kwargs: Mapping[str, Nested] | None,
-        global_kwargs: Mapping[str, Nested] | None,
-    ) -> tuple[ExpertSchema, tuple[str, ...], list[torch.Tensor], list[torch.Tensor]]:
-        """The call's tensors matched to the experts' schema: which one, the optional kwargs given, the tensors as they are and
-        as they are sent. If they do not fit what one expert has told, they may fit what the others tell."""
-
-        def bind(
-            schema: ExpertSchema,
-        ) -> tuple[ExpertSchema, tuple[str, ...], list[torch.Tensor], list[torch.Tensor]]:
-            present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
-            sent = to_wire(schema, present, tensors)
-            check_mixable(schema, present, sent, assignment.batch_size)
-            return schema, present, tensors, sent
-
-        described = self._describe(experts, budget)
-        try:
-            return bind(described)
-        except SchemaError:
-            for expert, schema in self._described_otherwise(described, experts, budget):
-                with contextlib.suppress(SchemaError):
-                    bound = bind(schema)
-                    self._typical = expert, schema
-                    return bound
-            raise
+    ) -> _Bound | None:
+        for expert, other in self._described_otherwise(schema, experts, budget):
+            with contextlib.suppress(SchemaError):
+                bound = bind(other)
+                self._typical = expert, other
+                return bound
+        return None
 
     def _describe(self, experts: Sequence[RemoteExpert], budget: Budget) -> ExpertSchema:
         """The schema that calls are matched to: that of the first expert to tell."""
@@ -481,6 +495,26 @@ def _reasons(failures: Mapping[str, MoEError]) -> str:
     return " ".join("; ".join(brief[:MAX_NAMED_EXPERTS]).split()) + more
 
 
+class _Bound(NamedTuple):
+    """The tensors of a call, matched to a schema.
+
+    :ivar present: the optional kwargs given
+    :ivar tensors: flat, as they are
+    :ivar sent: as they are sent
+    """
+
+    schema: ExpertSchema
+    present: tuple[str, ...]
+    tensors: list[torch.Tensor]
+    sent: list[torch.Tensor]
+
+
+def _trains(expert: RemoteExpert) -> bool:
+    """Does it want gradients for itself? Perhaps, as long as it has not told."""
+    known = expert.caller.known
+    return known is None or known[0].trainable
+
+
 # --- between the calls and the module ----------------------------------------------------------------------------------
 
 
@@ -514,7 +548,7 @@ def _attach(
     owner: RemoteMixtureOfExperts, call: CallMany, answers: list[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """The answers as results of the inputs they were computed from."""
-    trainable = any(expert.describe()[0].trainable for expert in call.experts)
+    trainable = any(map(_trains, call.experts))
     trigger = torch.empty(0, requires_grad=trainable)  # calls backward although no input requires a gradient
     attached: tuple[torch.Tensor, ...] = _MixtureCall.apply(trigger, owner, call, answers, *inputs)  # type: ignore[no-untyped-call]
     return attached

@@ -233,7 +233,7 @@ class Request:
         """
         call = self.forward_call(peer, terms, tensors, rows, timeout_s)
         reply = await self._send(peer, terms, call, rows, kept, timeout_s)
-        return await off_loop(self._looked_through(reply), self.outputs, reply, rows, peer)
+        return await off_loop(self._looked_through(reply, peer), self.outputs, reply, rows, peer)
 
     async def backward(
         self,
@@ -254,7 +254,7 @@ class Request:
         """
         call = self.backward_call(peer, terms, inputs, grad_outputs, wants, request_ids, timeout_s)
         reply = await self._send(peer, terms, call, _rows(self.chain.entries, inputs), kept, timeout_s)
-        return await off_loop(self._looked_through(reply), self.gradients, inputs, wants, reply, peer)
+        return await off_loop(self._looked_through(reply, peer), self.gradients, inputs, wants, reply, peer)
 
     def may_refer(self, terms: Terms, method: str, inputs: Sequence[torch.Tensor], kept: Kept | None) -> bool:
         """Could the server hold one of the tensors, or shall it? Then the request must be made in the event loop."""
@@ -328,9 +328,10 @@ class Request:
                 raise
             raise TooManyRows(e.message, max_rows=max_rows, peer=e.peer or peer.to_base58(), uid=e.uid) from None
 
-    def _looked_through(self, reply: Reply) -> int:
+    def _looked_through(self, reply: Reply, peer: PeerIDLike) -> int:
         """How many bytes a check of a reply reads."""
-        return sum(tensor.nbytes for tensor in reply.tensors) if self.config.detect_anomalies else 0
+        with Blaming(peer):
+            return sum(tensor.nbytes for tensor in reply.tensors) if self.config.detect_anomalies else 0
 
     def row_ranges(
         self, terms: Terms, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], rows: int
