@@ -35,6 +35,7 @@ from moe.errors import (
     TransportError,
     Unavailable,
     error_from_wire,
+    error_named,
 )
 from moe.expert_uid import MAX_UID_LENGTH, PeerIDLike
 from moe.schema import Compression
@@ -205,18 +206,12 @@ def _relayed_error(text: str, peer: str, uid: str | None = None) -> MoEError:
     matched = _HANDLER_ERROR.match(text)
     if matched is not None:
         name, message = matched[1], matched[2].strip("'\"")
-        for cls in _error_classes(MoEError):
-            if cls.__name__ == name:
-                return cls(message, peer=peer, uid=uid)
+        named = error_named(name, message, peer=peer, uid=uid)
+        if named is not None:
+            return named
         if name == "KeyError":  # stock hivemind, asked for an expert it does not have
             return error_from_wire("not_found", f"no expert {message}", peer=peer, uid=uid)
     return ExpertFailed(text, peer=peer, uid=uid)
-
-
-def _error_classes(cls: type[MoEError]) -> Iterable[type[MoEError]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _error_classes(child)
 
 
 # --- client ------------------------------------------------------------------------------------------------------------
