@@ -323,7 +323,7 @@ class RequestAdmission:
         self._handler.closed(self._uids)
         self._uids = ()
         if self._started is not None:
-            task, timer = self._started
+            (task, timer), self._started = self._started, None
             timer.cancel()
             if not task.future.done():
                 task.future.cancel()
@@ -345,11 +345,16 @@ class RequestAdmission:
             raise as_expert_failure(e) from None
         task.deadline, task.peer = self._deadline, self._peer
 
+        waiting = weakref.ref(
+            task
+        )  # a cycle through its future would hold its tensors until the next garbage collection
+
         def settle(future: Future[TaskResult]) -> None:
             if future.cancelled():  # withdrawn: nobody waits
                 return
             try:
-                self._count_times(task)
+                if (done := waiting()) is not None:
+                    self._count_times(done)
                 answer(self._outputs(all_of(future.result())))
             except Exception as e:
                 answer(as_expert_failure(e))
