@@ -123,7 +123,7 @@ REFUSED: dict[str, Callable[[Remote], Any]] = {
     "second order": second_order,
     "a gradient penalty": gradient_penalty,
     "batched gradients": batched,
-    "a trace": lambda r: torch.jit.trace(r.call, r.x),
+    "a trace": lambda r: torch.jit.trace(r.module, r.x),
     "meta tensors": lambda r: r.call(r.x.to("meta")),
     "a pickle": lambda r: pickle.dumps(r.module),
     "a saved model": lambda r: torch.save(nn.Sequential(r.module), io.BytesIO()),
