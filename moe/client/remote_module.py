@@ -71,7 +71,7 @@ def untraced(function: Function) -> Function:
 def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
     why = {"reason": "a remote expert is called, there is nothing to compile"} if takes_reason else {}
-    return cast("Callable[..., Any]", torch.compiler.disable(function, **why))
+    return cast("Callable[..., Any]", torch.compiler.disable(function, **why))  # type: ignore[no-untyped-call]
 
 
 def check_differentiable(tensors: Iterable[torch.Tensor], *, grad: bool) -> None:
@@ -88,7 +88,7 @@ def check_differentiable(tensors: Iterable[torch.Tensor], *, grad: bool) -> None
             "a remote expert cannot be part of what torch.func transforms (grad, vmap, jvp, jacrev, ...): its derivatives are "
             "computed elsewhere. Use torch.autograd: tensor.requires_grad_() and backward(), or torch.autograd.grad"
         )
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if forward_ad._current_level >= 0 and any(map(_is_dual, tensors)):
         raise Unsupported(
             "a remote expert has no forward-mode derivative (dual numbers, jvp): servers compute gradients in backward only. "
             "Use reverse mode, or detach() the input if its derivative shall be zero"
@@ -101,6 +101,10 @@ def check_differentiable(tensors: Iterable[torch.Tensor], *, grad: bool) -> None
                 f"a {type(tensor).__name__} on {tensor.device} has no values that could be sent to an expert (a remote expert "
                 f"cannot be exported)"
             )
+
+
+def _is_dual(tensor: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
