@@ -5,9 +5,9 @@ Pure bookkeeping, ``now`` is passed in. Must not know: what an answer holds, or 
 A repeated request id joins the first request while that runs and gets its answer afterwards. When answers have to be dropped
 for space, the id is still remembered for the rest of the window: then a repeat is refused rather than trained twice.
 
-Each peer has a window of its own. When there is no room for all, who has most loses its oldest: answers first by their bytes or
-number, whichever is the larger part of what there may be, and ids, which are small, by their number. So a flood of one peer ends
-nobody else's window, and among n peers nobody loses anything who has less than an n-th.
+Each peer has a window of its own. When there is no room for all, who has most loses its oldest: most answers, by their bytes or
+their number, whichever is the larger part of what there may be, and most ids, which are small, by their number. So a flood of
+one peer ends nobody else's window, and among n peers nobody loses anything who has less than an n-th.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""OnceWindow: a request id never trains twice, within bounded memory, and each peer has a window of its own; time is a number."""
+"""OnceWindow: a request id never trains twice, in bounded memory, and each peer has a window of its own; time is a number."""
 
 from __future__ import annotations
 
