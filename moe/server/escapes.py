@@ -50,22 +50,43 @@ class Escapes(TorchFunctionMode):
             self.watch([item for item in result if isinstance(item, torch.Tensor)])
         return result
 
-    def mend(self) -> int:
+    def mend(self) -> bool:
         """Call when the vmap is over, and nothing of it is needed any more: make what somebody keeps ordinary tensors.
 
-        :returns: how many there were
+        :returns: was there any?
         """
         if not self._alive():
-            return 0
+            return False
         gc.collect()  # those in cycles nobody keeps
         kept = self._alive()
         self._made.clear()  # a tensor with weak references cannot be swapped
         for tensor in kept:
             _unwrap(tensor)
-        return len(kept)
+        return bool(kept)
 
     def _alive(self) -> list[torch.Tensor]:
         return list({id(t): t for made in self._made if (t := made()) is not None}.values())
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Is it one that only makes sense inside a vmap?"""
+    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def is_told_by(error_text: str) -> bool:
+    """Does torch say so that somebody has kept one?"""
+    return "inside a function being vmapped" in error_text or "GradTrackingTensor" in error_text
+
+
+def mend_all() -> bool:
+    """Look for wrappers in all of the process's memory, which takes long. Call outside of any vmap.
+
+    :returns: was there any?
+    """
+    kept = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and is_wrapper(found)]
+    for tensor in kept:
+        _unwrap(tensor)
+    return bool(kept)
 
 
 def _unwrap(tensor: torch.Tensor) -> None:

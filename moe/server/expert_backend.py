@@ -18,6 +18,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -41,12 +42,12 @@ from moe.schema import (
     validate,
 )
 from moe.server.dry_run import EmptyOutputs, infer_outputs, no_trace, zeros_for
-from moe.server.escapes import Escapes
+from moe.server.escapes import Escapes, is_told_by, is_wrapper, mend_all
 from moe.server.execution import Outcome, is_device_lost, is_out_of_memory, run_isolated, text_of
 from moe.server.gradients import add, usable
 from moe.server.kept_forwards import KeptForward, NotKept, Thrift
 from moe.server.matmul import speed_up_linear
-from moe.server.module_state import Attributes
+from moe.server.module_state import Attributes, has_graph, places_of
 from moe.server.optim import fuse, load_state, move_state, portable_state
 from moe.server.ownership import held_elsewhere, lend, lends_for_nothing, own, plain
 from moe.server.task_pool import DeviceLost, Task, TaskPool, TaskResult
@@ -56,6 +57,7 @@ from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
 logger = logging.getLogger(__name__)
 
 MAX_PADDING = 2.0  # lanes of unequal row counts are stacked if that at most doubles the rows; decision 0007
+WATCHED_RUNS = 8  # of the same shapes are watched for tensors that escape from them; ours
 MAX_CHAINS = 1024  # kept, one for each subset of the optional kwargs that callers give; ours
 _lane_numbers = itertools.count()
 
@@ -116,9 +118,11 @@ class ExpertBackend:
         self._accumulated = 0  # backward batches since the last step
         self._generation = 0  # goes up with each change to the module that is made here
         self._not_training: set[int] = set()  # tasks of the batch at hand whose gradients are not finite
+        self._batch_rows = 0
         self._writes_inputs = False  # as far as it is known
         self._stackable: dict[tuple[str, tuple[str, ...]], bool] = {}
-        self._escapes = Escapes()
+        self._escapes: Escapes | None = None  # of the stacked run at hand
+        self._watched: Counter[Any] = Counter()  # stacked runs that were watched, by shapes
         self._chains: dict[tuple[str, ...], Chain] = {}
         self._thrift = Thrift()
         speed_up_linear(module)
@@ -128,6 +132,7 @@ class ExpertBackend:
         if self.schema.outputs is None:
             outputs = infer_outputs(name, module, self.schema)
             self.schema = ExpertSchema(self.schema.args, self.schema.kwargs, outputs, optional_kwargs)
+        self._attributes = _attributes_of(module)
         self._empty = EmptyOutputs(self.schema.output_entries)
         pool = dict(max_batch_size=max_batch_size, min_batch_size=min_batch_size, timeout=timeout, pool_size=pool_size)
         self.forward_pool = TaskPool(self._run_forward, name=f"{name}_forward", **cast(Any, pool))
@@ -340,7 +345,19 @@ class ExpertBackend:
 
     def _run_forward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
-            return run_isolated(tasks, self._compute_forward, self._join_rows if self.schema.mergeable else None)
+            join = self._join_rows if self.schema.mergeable else None
+            return run_isolated(tasks, lambda tasks: self._mending(self._compute_forward, tasks), join)
+
+    def _mending(self, compute: Callable[[list[Task]], list[TaskResult]], tasks: list[Task]) -> list[TaskResult]:
+        """Compute; once more, if the module turns out to use a tensor that it has kept from an earlier stacked run."""
+        try:
+            return compute(tasks)
+        except RuntimeError as e:
+            if not is_told_by(text_of(e)):
+                raise
+        if mend_all():
+            self._stackable |= {(tasks[0].operation, tasks[0].present): False}
+        return compute(tasks)
 
     def _compute_forward(self, tasks: list[Task]) -> list[TaskResult]:
         if tasks[0].rows == 0:
@@ -488,8 +505,11 @@ class ExpertBackend:
     def _run_backward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
             self._not_training.clear()
+            self._batch_rows = sum(task.rows for task in tasks)
             join = self._join_rows if self.schema.mergeable else None
-            outcomes = run_isolated(tasks, self._compute_backward, join, self._added_gradients)
+            outcomes = run_isolated(
+                tasks, lambda tasks: self._mending(self._compute_backward, tasks), join, self._added_gradients
+            )
             rows = sum(
                 task.rows
                 for task, outcome in zip(tasks, outcomes)
@@ -513,9 +533,12 @@ class ExpertBackend:
             self._forget_gradients()
             self._generation += 1
             return
-        trains_otherwise = getattr(self.on_backward, "__func__", None) is not ExpertBackend.on_backward
-        if trains_otherwise or self._accumulated == 0:
+        if not self._trains_as_usual or self._accumulated == 0:
             self._generation += 1
+
+    @property
+    def _trains_as_usual(self) -> bool:
+        return getattr(self.on_backward, "__func__", None) is ExpertBackend.on_backward
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters():
@@ -574,9 +597,16 @@ class ExpertBackend:
         except RuntimeError as e:
             if self._writes_inputs or "leaf Variable that requires grad" not in text_of(e):
                 raise
+        finally:  # of a graph that is used up: the next backward would fail
+            self._forget(has_graph)
         self._writes_inputs = True
         self._forget_gradients()  # _parameter_gradients has put earlier ones aside
         return self._backward_once(lane)
+
+    def _forget(self, unwanted: Callable[[torch.Tensor], bool]) -> None:
+        """Let the module not keep such tensors."""
+        if places := places_of(self.module, unwanted):
+            self._attributes.forget(places)
 
     def _backward_once(self, lane: list[Task]) -> list[TaskResult]:
         first = lane[0]
@@ -589,7 +619,7 @@ class ExpertBackend:
             for is_lent, wanted, leaf in zip(self._to_lend(lane, tensors[:count]), first.wants_grad, leaves)
         ]
         direct = [leaf for leaf, is_lent in zip(leaves, lent) if not is_lent]
-        with torch.enable_grad(), self._noticing_writes(direct), self._without_graphs():
+        with torch.enable_grad(), self._noticing_writes(direct):
             given = [lend(leaf) if is_lent else leaf for leaf, is_lent in zip(leaves, lent)]
             args, kwargs = self.schema.pack_inputs(given, first.present)
             outputs = self._checked(self._call_module(args, kwargs), sum(task.rows for task in lane))
@@ -619,28 +649,15 @@ class ExpertBackend:
                 parameter.requires_grad_(True)
 
     @contextlib.contextmanager
-    def _without_graphs(self) -> Iterator[None]:
-        """What the module keeps of a graph that is used up would make the next backward fail: it is put back as it was."""
-        attributes = Attributes(self.module)
-        try:
-            yield
-        finally:
-            if attributes.keeps_graph():
-                attributes.restore()
-
-    @contextlib.contextmanager
     def _parameter_gradients(self, tasks: Sequence[Task]) -> Iterator[None]:
         """Let the body compute the tasks' parameter gradients from none; add them to those of before. They are dropped if it
         raises, or if they cannot be trained with and belong to one task.
 
         :raises NonFiniteError: they cannot be trained with, and belong to several tasks
         """
-        with self._added_gradients():
+        with self._added_gradients(whole=sum(task.rows for task in tasks) == self._batch_rows) as parameters:
             yield
-            if self.train_on_non_finite:
-                return
-            gradients = [p.grad for p in self._parameters() if p.grad is not None and p.requires_grad]
-            if usable(gradients):
+            if self.train_on_non_finite or usable(p.grad for p in parameters if p.grad is not None):
                 return
             if len(tasks) > 1:  # halving finds those whose they are
                 raise NonFiniteError("somebody's parameter gradients are not finite")
@@ -648,23 +665,30 @@ class ExpertBackend:
             self._not_training.add(tasks[0].number)
 
     @contextlib.contextmanager
-    def _added_gradients(self) -> Iterator[None]:
+    def _added_gradients(self, whole: bool = False) -> Iterator[list[torch.Tensor]]:
         """Let the body compute parameter gradients from none; add them to those of before, or drop them if it raises, or if a
-        task in it must not train. (Parts of a task have its number.)"""
+        task in it must not train. (Parts of a task have its number.)
+
+        :param whole: it computes the whole batch: if a step is due, nothing else will be added to them
+        """
         parameters = [p for p in self._parameters() if p.requires_grad]
-        before = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
+        before = _take_gradients(parameters)
         spoilt = len(self._not_training)
         done = False
         try:
             with self._as_trained():
-                yield
+                yield parameters
             done = len(self._not_training) == spoilt
         finally:
             gradients = _take_gradients(parameters)
-            for parameter, grad, more in zip(parameters, before, gradients):
-                parameter.grad = add(grad, more) if done else grad
+            if done:
+                if not (whole and self.accumulate_steps == 1 and self._trains_as_usual):
+                    gradients = _in_own_memory(gradients)
+                for parameter, grad, more in zip(parameters, before, gradients):
+                    parameter.grad = add(grad, more)
+            else:
+                for parameter, grad in zip(parameters, before):
+                    parameter.grad = grad
 
     def _refuse_non_finite(
         self, tensors: Sequence[torch.Tensor | None], entries: Sequence[Entry], prefix: str = ""
@@ -712,14 +736,10 @@ class ExpertBackend:
     ) -> list[TaskResult] | None:
         """Run lanes in one launch, or None if that fails, or leaves something behind in the module: then it is as before."""
         first = lanes[0][0]
-        proven = (first.operation, first.present) in self._stackable
-        try:
-            attributes = Attributes(self.module)
-        except ValueError:  # too much to look at
-            return None
-        buffers = [(b, b._version, None if proven else b.detach().clone()) for b in self.module.buffers()]
+        key = (first.operation, first.present)
+        before = _Before(self.module, proven=key in self._stackable)
+        self._escapes = Escapes() if self._watched[self._shapes(lanes)] < WATCHED_RUNS else None
         results, problem, no_memory = None, "", None
-        self._escapes = Escapes()
         try:
             results = run_stacked(lanes)
         except (
@@ -727,26 +747,26 @@ class ExpertBackend:
         ) as e:  # vmap says it in many ways: random numbers, control flow on data, in-place updates, ...
             if is_device_lost(e):
                 raise
-            no_memory, problem = (e if is_out_of_memory(e) else None), f"{type(e).__name__}: {text_of(e)}"
-        if no_memory is not None:
-            no_memory = no_memory.with_traceback(None)
-        if self._escapes.mend():
-            results, problem = None, "it keeps tensors made of its inputs"
-        if any(buffer._version != version for buffer, version, _ in buffers):
-            results, problem = None, "it writes to its buffers"
-        if results is None or attributes.keeps_graph():
-            results = None
-            attributes.restore()
-            for buffer, version, value in buffers:
-                if buffer._version != version and value is not None:
-                    buffer.detach().copy_(value)
+            problem = f"{type(e).__name__}: {text_of(e)}"
+            no_memory = torch.OutOfMemoryError(text_of(e)) if is_out_of_memory(e) else None
+        if before.has_left_something() or (self._escapes is not None and self._escapes.mend()):
+            results, problem = None, "it keeps tensors made of its inputs, or writes to its buffers"
+        if results is None:
+            before.restore(self._attributes)
         if no_memory is not None:
             raise no_memory
         if results is None:
             logger.info("%s: its %s runs callers with own globals one by one (%s)", self.name, first.operation, problem)
         else:
-            self._stackable[first.operation, first.present] = True
+            self._stackable[key] = True
+            self._watched[self._shapes(lanes)] += 1
         return results
+
+    def _shapes(self, lanes: list[list[Task]]) -> Any:
+        """The same for stacked runs in which the module sees the same shapes."""
+        if len(self._watched) > MAX_CHAINS:
+            self._watched.clear()
+        return lanes[0][0].group, len(lanes), max(sum(task.rows for task in lane) for lane in lanes)
 
     def _stack(self, lanes: list[list[Task]], grad: bool) -> tuple[list[torch.Tensor], list[int], int]:
         """Flat tensors with a leading lane axis: batched ones padded to (lanes, rows, *), globals stacked (lanes, *)."""
@@ -786,8 +806,9 @@ class ExpertBackend:
         escapes = self._escapes
 
         def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            escapes.watch(tensors)
-            with escapes:
+            if escapes is not None:
+                escapes.watch(tensors)
+            with escapes or contextlib.nullcontext():
                 return tuple(self._call_module(*self.schema.pack_inputs(tensors, present)))
 
         return cast("Callable[..., tuple[torch.Tensor, ...]]", torch.func.vmap(call))
@@ -884,6 +905,44 @@ ModuleBackend = ExpertBackend  # hivemind's name
 # --- helpers -----------------------------------------------------------------------------------------------------------------
 
 
+class _Before:
+    """A module before a stacked run.
+
+    :param proven: such a run has left nothing in it so far, so that it need not be able to put everything back
+    """
+
+    def __init__(self, module: nn.Module, *, proven: bool):
+        self._module = module
+        self._attributes = None if proven else _attributes_of(module)
+        self._buffers = [(b, b._version, None if proven else b.detach().clone()) for b in module.buffers()]
+
+    def has_left_something(self) -> bool:
+        """Does the module keep something that has no meaning outside of the run, or has it written to its buffers?"""
+        return bool(places_of(self._module, _means_nothing_outside)) or any(
+            buffer._version != version for buffer, version, _ in self._buffers
+        )
+
+    def restore(self, pristine: Attributes) -> None:
+        """Put it back as it was; what is not known of it, as it was made."""
+        if self._attributes is not None:
+            self._attributes.restore()
+        pristine.forget(places_of(self._module, _means_nothing_outside))
+        for buffer, version, value in self._buffers:
+            if value is not None and buffer._version != version:
+                buffer.detach().copy_(value)
+
+
+def _means_nothing_outside(tensor: torch.Tensor) -> bool:
+    return is_wrapper(tensor) or has_graph(tensor)
+
+
+def _attributes_of(module: nn.Module) -> Attributes:
+    try:
+        return Attributes(module)
+    except ValueError:  # too much to look at
+        return Attributes(nn.Identity())
+
+
 def _lanes(tasks: list[Task]) -> list[list[Task]]:
     by_lane: dict[Any, list[Task]] = {}
     for task in tasks:
@@ -928,11 +987,16 @@ def _leaves(inputs: Sequence[torch.Tensor], wants_grad: Sequence[bool]) -> list[
 
 
 def _take_gradients(tensors: Sequence[torch.Tensor]) -> TaskResult:
-    """Their gradients, in memory of their own; they have none any more."""
+    """Their gradients; they have none any more."""
     gradients: TaskResult = []
     for tensor in tensors:
         gradients.append(tensor.grad)
-        tensor.grad = None
+        if gradients[-1] is not None:
+            tensor.grad = None
+    return gradients
+
+
+def _in_own_memory(gradients: TaskResult) -> TaskResult:
     if any(gradient is not None and gradient.layout is not torch.strided for gradient in gradients):
         return gradients
     return own(gradients, apart=True, contiguous=False)

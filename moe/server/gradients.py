@@ -14,15 +14,17 @@ def usable(gradients: Iterable[torch.Tensor]) -> bool:
     """True if they are finite, and stay so when an optimizer squares or adds them. One pass over memory."""
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for gradient in gradients:
-        dense = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+        dense = gradient if gradient.layout is torch.strided else gradient.detach().coalesce().values()
         if dense.numel():
-            groups.setdefault((dense.device, dense.dtype), []).append(dense.detach())
-    for (_, dtype), group in groups.items():
+            groups.setdefault((dense.device, dense.dtype), []).append(dense)
+    for (device, dtype), group in groups.items():
         if dtype.itemsize == 2:  # whose own largest number is soon reached
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in group]
         else:
             norms = list(torch._foreach_norm(group, 2.0))
-        if not float(torch.stack(norms).max()) <= MAX_NORM:  # nor if it is nan
+        if device.type != "cpu":
+            norms = [torch.stack(norms).max()]
+        if not all(norm.item() <= MAX_NORM for norm in norms):  # nor if one is nan
             return False
     return True
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from moe.server.module_state import Attributes, Mark, RandomState
+from moe.server.module_state import Attributes, Mark, RandomState, has_graph, places_of
 from moe.server.ownership import lend, storage_of
 
 _MAX_IN_VAIN = 16  # forwards kept since one was of use, before keeping becomes rare; ours
@@ -74,7 +74,7 @@ class KeptForward:
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
                 self.outputs = call([lend(leaf) for leaf in self.leaves])
-            if attributes.keeps_graph():
+            if places_of(module, has_graph):
                 raise NotKept("the module keeps tensors of a graph")
         except BaseException:  # it will be computed in another way, as if this had not been
             attributes.restore()

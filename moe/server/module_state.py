@@ -8,8 +8,9 @@ do not tell what fused optimizers, ``.data`` and NumPy write. Must not know: tas
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ _SMALL_BYTES = 2**14  # tensors up to this are digested together
 # words apart, so no swap, permutation or change that cancels out over a matrix leaves all of the sums as they were.
 _DISTANCES = (2029, 2039, 2053)
 _CHUNK = 2**19  # words, 4 MiB: read from memory once, then from the cache
+_EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
+_OF_MODULES = _EVERY_MODULE_HAS - {"_parameters", "_buffers"}  # hooks and parts, which modules do not change
+_SCALARS_ONLY = frozenset((int, float, str, bool, type(None)))
+_SIMPLE = frozenset((int, float, str, bool, type(None), tuple, torch.Tensor, nn.Parameter))
+Place = tuple[Any, Any]  # a container, and the key in it
 _SCALARS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -40,33 +46,38 @@ class Attributes:
             self._copy(vars(part), 0, seen)
 
     def _copy(self, container: Any, depth: int, seen: set[int]) -> None:
-        if id(container) in seen:
-            return
-        if len(container) > _MAX_ITEMS:  # a vocabulary, say
+        if len(container) > _MAX_ITEMS or id(container) in seen:  # a vocabulary, say
             return
         seen.add(id(container))
-        self._copies.append((container, _shallow(container)))
+        copy = _shallow(container)
+        self._copies.append((container, copy))
         if len(self._copies) > MAX_PLACES:
             raise ValueError("too many containers in a module's attributes")
         if depth == _MAX_DEPTH or isinstance(container, set):
             return
-        for value in container.values() if isinstance(container, dict) else container:
+        if depth == 0:
+            values = [value for name, value in copy.items() if name not in _OF_MODULES]
+        else:
+            values = copy.values() if isinstance(copy, dict) else copy
+        for value in values:
+            kind = type(value)
+            if kind in _SIMPLE:
+                continue
             if isinstance(value, (dict, list, set)):
                 self._copy(value, depth + 1, seen)
             elif (inside := _plain_object(value)) is not None:
                 self._copy(inside, depth + 1, seen)
 
     def restore(self) -> None:
-        """Put everything back in its place, except whole numbers: they count something. What tensors contain is not touched."""
+        """Put everything back in its place, except whole numbers and lists without tensors: they count or note what happens.
+        What tensors contain is not touched."""
         for container, copy in self._copies:
             if _same(container, copy):
                 continue
             if isinstance(container, list):
-                container[:] = copy
-            elif isinstance(container, set):
-                container.intersection_update(copy)
-                container.update(copy)
-            else:
+                if any(map(_holds_tensor, (*container, *copy))):
+                    container[:] = copy
+            elif isinstance(container, dict):
                 for key in [key for key in container if key not in copy]:
                     del container[key]
                 for key, value in copy.items():
@@ -74,14 +85,60 @@ class Attributes:
                     if now is not value and not (type(now) is int and type(value) is int):
                         container[key] = value
 
-    def keeps_graph(self) -> bool:
-        """Has a tensor with autograd's graph come to the module since?"""
-        return any(
-            _has_graph(value)
-            for container, copy in self._copies
-            if not _same(container, copy)
-            for value in _new_values(container, copy)
-        )
+    def forget(self, places: Iterable[Place]) -> None:
+        """Put back only what has come to these places since; what was not there is taken away."""
+        kept = {id(container): copy for container, copy in self._copies}
+        for container, key in places:
+            copy = kept.get(id(container))
+            if isinstance(container, dict):
+                if copy is not None and key in copy:
+                    container[key] = copy[key]
+                else:
+                    container.pop(key, None)
+            elif isinstance(container, list):
+                container[:] = copy if copy is not None else []
+            else:
+                container.clear()
+
+
+def places_of(module: nn.Module, wanted: Callable[[torch.Tensor], bool]) -> list[Place]:
+    """Where in a module's attributes such tensors are."""
+    places: list[Place] = []
+    seen: set[int] = set()
+    parts = [module]
+    while parts:
+        part = parts.pop()
+        attributes = vars(part)
+        parts += [child for child in part._modules.values() if child is not None]
+        for name in attributes.keys() - _EVERY_MODULE_HAS:
+            _find(attributes[name], (attributes, name), wanted, places, seen, 1)
+        if part._buffers:
+            _find(part._buffers, (attributes, "_buffers"), wanted, places, seen, 1)
+    return places
+
+
+def has_graph(tensor: torch.Tensor) -> bool:
+    """Is it a result that autograd could go back from? Not if it is an input, as it was lent."""
+    node = tensor.grad_fn
+    return node is not None and node.name() not in ("LazyCloneBackward0", "CloneBackward0")
+
+
+def _find(
+    value: Any, place: Place, wanted: Callable[[torch.Tensor], bool], places: list[Place], seen: set[int], depth: int
+) -> None:
+    if type(value) in _SCALARS_ONLY:
+        return
+    if isinstance(value, torch.Tensor):
+        if wanted(value):
+            places.append(place)
+        return
+    inside = value if isinstance(value, (dict, list, tuple, set)) else _plain_object(value)
+    if inside is None or depth > _MAX_DEPTH or len(inside) > _MAX_ITEMS or id(inside) in seen:
+        return
+    seen.add(id(inside))
+    for key, item in inside.items() if isinstance(inside, dict) else enumerate(inside):
+        # Whoever has a tuple has to give it up.
+        _find(item, place if isinstance(inside, tuple) else (inside, key), wanted, places, seen, depth + 1)
 
 
 class Mark:
@@ -220,24 +277,24 @@ def _same(container: Any, copy: Any) -> bool:
     if len(container) != len(copy):
         return False
     if isinstance(container, dict):
-        return all(key in copy and copy[key] is value for key, value in container.items())
+        return all(map(operator.is_, container.values(), copy.values())) and all(map(operator.eq, container, copy))
     if isinstance(container, set):
         return bool(container == copy)
-    return all(value is other for value, other in zip(container, copy))
+    return all(map(operator.is_, container, copy))
 
 
-def _new_values(container: Any, copy: Any) -> Iterator[Any]:
-    old = {id(value) for value in (copy.values() if isinstance(copy, dict) else copy)}
-    return (v for v in (container.values() if isinstance(container, dict) else container) if id(v) not in old)
+def _holds_tensor(value: Any) -> bool:
+    return next(_tensors_in(value), None) is not None
 
 
-def _has_graph(value: Any, depth: int = 0) -> bool:
+def _tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return value.grad_fn is not None
+        yield value
+        return
     inside = value if isinstance(value, (dict, list, tuple, set)) else _plain_object(value)
-    if inside is None or depth == _MAX_DEPTH:
-        return False
-    return any(_has_graph(v, depth + 1) for v in (inside.values() if isinstance(inside, dict) else inside))
+    if inside is not None and depth < _MAX_DEPTH and len(inside) <= _MAX_ITEMS:
+        for item in inside.values() if isinstance(inside, dict) else inside:
+            yield from _tensors_in(item, depth + 1)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -81,10 +81,8 @@ def own(tensors: list[T], *, apart: bool = False, contiguous: bool = True) -> li
     :param apart: no two of them may share memory either
     :param contiguous: those that are not contiguous are copied, too
     """
-    if len(tensors) == 1 and tensors[0] is not None and tensors[0]._base is None and tensors[0].is_contiguous():
-        alone = _references(tensors, 0)  # by far the most common case
-        if alone[3:] == _ALONE_NO_VIEW[3:]:
-            return tensors
+    if _all_alone(tensors):
+        return tensors
     copies: dict[int, torch.Tensor] = {}
     for i, held in enumerate(held_elsewhere(tensors, apart=apart)):
         tensor = tensors[i]
@@ -95,6 +93,20 @@ def own(tensors: list[T], *, apart: bool = False, contiguous: bool = True) -> li
                 )
             tensors[i] = copies[id(tensor)]
     return tensors
+
+
+def _all_alone(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """The most common case, told at less cost: each is contiguous, no view, and nobody else's."""
+    storages = set()
+    count = 0
+    for i in range(len(tensors)):
+        if tensors[i] is not None:
+            references = _references(tensors, i)
+            if references[2:] != _ALONE_NO_VIEW[2:]:
+                return False
+            storages.add(references.storage)
+            count += 1
+    return len(storages) == count
 
 
 def held_elsewhere(
@@ -141,6 +153,7 @@ class _References(NamedTuple):
 
     tensor: int
     storage: int
+    contiguous: bool
     base: int | None
     by_python: int
     by_torch: int
@@ -156,6 +169,7 @@ def _references(tensors: Sequence[torch.Tensor | None], i: int) -> _References:
     return _References(
         id(tensor),
         storage._cdata,
+        tensor.is_contiguous(),
         None if base is None else id(base),
         sys.getrefcount(tensor),
         tensor._use_count(),
