@@ -83,7 +83,7 @@ def mend_all() -> bool:
 
     :returns: was there any?
     """
-    kept = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and is_wrapper(found)]
+    kept = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and is_wrapper(found)]
     for tensor in kept:
         _unwrap(tensor)
     return bool(kept)

@@ -749,7 +749,9 @@ class ExpertBackend:
                 raise
             problem = f"{type(e).__name__}: {text_of(e)}"
             no_memory = torch.OutOfMemoryError(text_of(e)) if is_out_of_memory(e) else None
-        if before.has_left_something() or (self._escapes is not None and self._escapes.mend()):
+        left = before.has_left_something()
+        escapes, self._escapes = self._escapes, None
+        if (escapes is not None and escapes.mend()) or left:
             results, problem = None, "it keeps tensors made of its inputs, or writes to its buffers"
         if results is None:
             before.restore(self._attributes)

@@ -126,19 +126,18 @@ def held_elsewhere(
     times = Counter(r.tensor for r in found if r is not None)
     views = Counter(r.base for r in counted.values())
     sharing = Counter(r.storage for r in counted.values())
-    return [
-        r is not None
-        and (
-            r.by_python - times[r.tensor] > _ALONE.by_python - 1
-            or r.by_torch > _ALONE.by_torch
-            or r.to_storage - len(users[r.storage]) - known.get(r.storage, 0) > _ALONE.to_storage - 2
-            or not r.torchs_own
-            or (r.base is not None and r.base_by_python > _ALONE.base_by_python)
-            or (r.base is not None and r.base_by_torch - views[r.base] > _ALONE.base_by_torch - 1)
-            or (apart and (times[r.tensor] > 1 or sharing[r.storage] > 1))
-        )
-        for r in found
-    ]
+    held = {  # storages: whoever has one of the tensors in it has the memory of all
+        r.storage
+        for r in counted.values()
+        if r.by_python - times[r.tensor] > _ALONE.by_python - 1
+        or r.by_torch > _ALONE.by_torch
+        or r.to_storage - len(users[r.storage]) - known.get(r.storage, 0) > _ALONE.to_storage - 2
+        or not r.torchs_own
+        or (r.base is not None and r.base_by_python > _ALONE.base_by_python)
+        or (r.base is not None and r.base_by_torch - views[r.base] > _ALONE.base_by_torch - 1)
+        or (apart and (times[r.tensor] > 1 or sharing[r.storage] > 1))
+    }
+    return [r is not None and r.storage in held for r in found]
 
 
 def storage_of(tensor: torch.Tensor) -> int:
