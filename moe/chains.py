@@ -11,6 +11,7 @@ floating-point outputs. What a block returns are the args of the next. A call of
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -107,6 +108,11 @@ class Chain:
         return gradient_entries(self.output_entries)
 
     @functools.cached_property
+    def returned_bytes(self) -> tuple[tuple[int, int], ...]:
+        """What each block returns: bytes for each row, and bytes besides. Without what is of any length."""
+        return tuple(_returned_bytes(block.schema.output_entries) for block in self.blocks)
+
+    @functools.cached_property
     def mergeable(self) -> bool:
         """Can a call be split by rows? See ``ExpertSchema.mergeable``."""
         has_rows = any(users[0].proto.batched for users in self.users)
@@ -160,6 +166,13 @@ class Chain:
         used = tuple(dict.fromkeys(position for block in blocks for position in block.kwargs))
         moved = {position: args + i for i, position in enumerate(used)}
         return Chain([block._replace(kwargs=tuple(moved[p] for p in block.kwargs)) for block in blocks]), used
+
+
+def _returned_bytes(entries: Sequence[Entry]) -> tuple[int, int]:
+    sizes = [0, 0]
+    for _, proto in entries:
+        sizes[not proto.batched] += math.prod(size or 0 for size in proto.sizes) * proto.itemsize
+    return sizes[0], sizes[1]
 
 
 def _check_joint(previous: Block, following: Block) -> None:

@@ -78,7 +78,10 @@ class _Ranks:
         """
         self.count -= 1
         heap = self._heap
-        while heap and heap[0].number not in waiting:
+        if not self.count:
+            heap.clear()
+            return
+        while heap[0].number not in waiting:
             heapq.heappop(heap)
         if len(heap) > 2 * self.count + 64:
             self._heap = [rank for rank in heap if rank.number in waiting]
@@ -158,15 +161,22 @@ class BatchQueue:
                 f"split it into smaller ones"
             )
         assert number not in self._waiting, "a task's number must be unique"
-        of_peer = self._peers[task.peer].count if task.peer in self._peers else 0
+        known = self._peers.get(task.peer)
+        of_peer = 0 if known is None else known.count
         if of_peer >= config.max_pending_per_peer:
             raise Overloaded(f"{of_peer} of your requests are waiting already; try again later")
         left = self._make_room(of_peer + 1) if len(self._waiting) >= config.max_pending_tasks else None
         self._waiting[number] = task
-        group = self._groups.setdefault(task.group, _Group())
-        group.by_peer.setdefault(task.peer, _Ranks()).add(task.rank)
+        group, peer = self._groups.get(task.group), self._peers.get(task.peer)
+        if group is None:
+            group = self._groups[task.group] = _Group()
+        if peer is None:
+            peer = self._peers[task.peer] = _Peer()
+        ranks = group.by_peer.get(task.peer)
+        if ranks is None:
+            ranks = group.by_peer[task.peer] = _Ranks()
         group.rows += task.rows
-        peer = self._peers.setdefault(task.peer, _Peer())
+        ranks.add(task.rank)
         peer.add(task.rank)
         self._take_turn(peer)
         if task.deadline < math.inf:

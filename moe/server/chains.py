@@ -6,13 +6,13 @@ block's own pool, where it forms batches with other callers' tasks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
 import torch
 
 from moe.chains import Chain
 from moe.errors import Refused
-from moe.schema import TensorProto
 from moe.transport.base import BACKWARD, FORWARD
 
 Answer = list["torch.Tensor | None"]
@@ -77,17 +77,13 @@ def returned_bytes(chain: Chain, method: str, rows: int) -> int:
 
     Of a backward, without the gradients of the request's tensors, which are as large as those.
     """
-    sizes = [sum(_size_bytes(entry.proto, rows) for entry in block.schema.output_entries) for block in chain.blocks]
+    if len(chain) == 1:
+        ((per_row, besides),) = chain.returned_bytes
+        return per_row * rows + besides if method == FORWARD else 0
+    sizes = [per_row * rows + besides for per_row, besides in chain.returned_bytes]
     if method == FORWARD:
-        return max(before + after for before, after in zip([0, *sizes], sizes))
-    return sum(sizes[:-1]) + 2 * max(sizes[:-1], default=0)  # each block's inputs, and gradients between two blocks
-
-
-def _size_bytes(proto: TensorProto, rows: int) -> int:
-    values = rows if proto.batched else 1
-    for size in proto.sizes:
-        values *= size or 0
-    return values * proto.itemsize
+        return max(before + after for before, after in itertools.pairwise(sizes))
+    return sum(sizes[:-1]) + 2 * max(sizes[:-1])  # each block's inputs, and gradients between two blocks
 
 
 def all_of(answer: Answer) -> list[torch.Tensor]:

@@ -301,7 +301,7 @@ class RequestAdmission:
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._batched: int | None = None  # position of one of the batched tensors admitted
         self._shared: dict[int, HeldTensor] = {}  # by position: tensors that other requests may use, too
-        self._bytes = 0  # of the tensors admitted
+        self._bytes = self._needed = 0  # of the tensors admitted; and of what is kept between blocks
         self._ahead = self._ahead_of_reply = 0  # reserved for what is not there yet: returned by blocks, gradients
         self._decoding = 0  # reserved for the time in which tensors are decoded
         self._between = 0  # bytes between the last two blocks of a chain
@@ -312,12 +312,10 @@ class RequestAdmission:
         if header is not None and header.time_left_s is not None:
             limit_s = min(limit_s, header.time_left_s)
         self._deadline = now + limit_s
-        self._reservation: Reservation = handler.inflight.reserve(peer, 0, "request")
-        try:
-            self._reserve(_REQUEST_BYTES + _BLOCK_BYTES * len(backends) + _TENSOR_BYTES * len(self._entries))
-        except Overloaded:
-            self._reservation.done_with("request")
-            raise
+        itself = _REQUEST_BYTES + _BLOCK_BYTES * len(backends) + _TENSOR_BYTES * len(self._entries)
+        self._reservation: Reservation = handler.inflight.reserve(
+            peer, itself, "request", must_fit=handler.inflight.bytes > 0
+        )
 
     @property
     def deadline(self) -> float:
@@ -378,35 +376,43 @@ class RequestAdmission:
         decoded = values * DTYPES[dtype].itemsize
         size = encoded if codec == Compression.NONE else encoded + decoded
         limit = self._handler.config.max_request_bytes
-        if self._bytes + size > limit or math.prod(filter(None, shape)) * DTYPES[dtype].itemsize > limit:
+        axes = decoded or math.prod(filter(None, shape)) * DTYPES[dtype].itemsize  # nobody shall make rows of these
+        if self._bytes + size > limit or axes > limit:
             raise SchemaError(
                 f"{entry.path}: with it the request exceeds {limit} bytes, the most this server takes"
                 + (f" (without rows it still has axes of {shape})" if not values else "")
             )
-        self._reserve(size)
-        self._bytes += size
-        self._reserve(decoding := _decoding_bytes(values, encoded, dtype, codec))
-        self._decoding += decoding
+        decoding = besides = _decoding_bytes(values, encoded, dtype, codec)
         if position == self._batched:
-            self._reserve(between := returned_bytes(self._chain, self._method, shape[0]))
-            self._ahead += between
+            returned = returned_bytes(self._chain, self._method, shape[0])
+            if self._method == FORWARD:
+                besides += returned
+            else:
+                self._reserve(returned, 0)
+            self._ahead += returned
         if self._method == BACKWARD and position < len(self._wants) and self._wants[position]:
-            self._reserve(decoded)
             self._ahead_of_reply += decoded
+            besides += decoded
+        self._reserve(size, besides)
+        self._bytes += size
+        self._decoding += decoding
         return encoded
 
     # --- memory ----------------------------------------------------------------------------------------------------------
 
-    def _reserve(self, size_bytes: int) -> None:
-        """Reserve more. While there is no other request, it need not fit: else an idle server might refuse one for ever that
-        is not too large, because of what its answer takes.
+    def _reserve(self, size_bytes: int, besides: int) -> None:
+        """Reserve before memory is taken.
 
+        :param size_bytes: of a tensor, or of what a backward keeps between blocks
+        :param besides: what decoding and answering takes. While there is no other request, this need not fit: else an idle
+            server might refuse one for ever that is not too large itself
         :raises Overloaded: there is no room for it
         """
-        config = self._handler.config
+        config, needed = self._handler.config, self._needed + size_bytes
         alone = self._handler.inflight.bytes == self._reservation.size_bytes
-        allowed = size_bytes <= config.max_request_bytes and self._bytes + size_bytes <= config.max_inflight_bytes
-        self._reservation.grow(size_bytes, must_fit=not (alone and allowed))
+        allowed = needed <= config.max_inflight_bytes and besides <= 4 * config.max_request_bytes
+        self._reservation.grow(size_bytes + besides, must_fit=not (alone and allowed))
+        self._needed = needed
 
     def _count(self, size_bytes: int, *, between: bool = False) -> None:
         """Memory that is taken now, for some or all of which there is a reservation already.
@@ -866,5 +872,13 @@ def own_rows(tensors: Sequence[torch.Tensor | None]) -> tuple[TaskResult, int]:
 
     :returns: the tensors, and the memory that they keep
     """
-    owned = [t.clone() if t is not None and t.nbytes <= _COPY_BYTES and _is_part(t) else t for t in tensors]
-    return owned, sum(max(t.nbytes, t.untyped_storage().nbytes()) for t in owned if t is not None)
+    owned: TaskResult = []
+    taken = 0
+    for tensor in tensors:
+        if tensor is not None:
+            size_bytes, keeps = tensor.nbytes, tensor.untyped_storage().nbytes()
+            if keeps > size_bytes and size_bytes <= _COPY_BYTES:
+                tensor, keeps = tensor.clone(), size_bytes
+            taken += max(size_bytes, keeps)
+        owned.append(tensor)
+    return owned, taken

@@ -54,17 +54,18 @@ class InflightBytes:
             assert self._bytes == sum(self._of_peer.values()) and set(self._of_peer) <= set(self._reservations)
             assert all(count > 0 for count in self._reservations.values())
 
-    def reserve(self, peer: str, size_bytes: int, reason: Hashable) -> Reservation:
+    def reserve(self, peer: str, size_bytes: int, reason: Hashable, *, must_fit: bool = True) -> Reservation:
         """Reserve memory for a peer.
 
         :param reason: what it is kept for; see Reservation
+        :param must_fit: see ``Reservation.grow``
         :raises Overloaded: there is no room for it
         """
         reservation = Reservation(self, peer, reason)
         with self._lock:
             self._reservations[peer] = self._reservations.get(peer, 0) + 1
         try:
-            reservation.grow(size_bytes)
+            reservation.grow(size_bytes, must_fit=must_fit)
         except Overloaded:
             reservation.done_with(reason)
             raise

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import math
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import moe.server.connection_handler
 from moe.config import HandlerConfig
 from moe.errors import (
     DeadlineExceeded,
@@ -729,6 +732,210 @@ def test_a_kept_answer_does_not_keep_its_whole_batch() -> None:
             assert gradient.untyped_storage().nbytes() == data.nbytes
 
 
+# --- exactly once, whatever happens to the first ------------------------------------------------------------------------
+
+
+def one_backward(**fields: Any) -> tuple[list[torch.Tensor], RequestHeader]:
+    return [torch.randn(2, HIDDEN), torch.randn(2, HIDDEN)], RequestHeader(request_id=new_request_id(), **fields)
+
+
+def submit(swarm: MemorySwarm, tensors: Sequence[torch.Tensor], header: RequestHeader, uid: str = "e.0") -> Any:
+    call = make_call(BACKWARD, uid, tensors, header)
+    return client_loop().submit(swarm.transport.call(swarm.server.peer, call, timeout_s=WAIT_S))
+
+
+def settled(swarm: MemorySwarm) -> None:
+    """Wait until nothing is left of any request."""
+
+    def idle() -> bool:
+        return "0 running" in repr(swarm.server.handler.once) and not swarm.server.handler.inflight.bytes
+
+    wait_until(idle)
+    swarm.server.handler.check_idle()
+
+
+def test_a_backward_that_nobody_waits_for_leaves_and_a_repeat_after_that_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moe.server.connection_handler, "_REPEAT_WITHIN_S", 0.05)
+    backend = linear_backend("e.0", lr=0.1)
+    tensors, header = one_backward()
+    with memory_swarm({"e.0": backend}) as swarm:
+        with swarm.server.paused():
+            calls = [submit(swarm, tensors, header) for _ in range(3)]
+            swarm.server.wait_pending(1)
+            for call in calls[:2]:
+                call.cancel()
+            time.sleep(0.2)
+            assert swarm.server.pending == 1  # the third one waits for it
+            calls[2].cancel()
+            settled(swarm)  # while nothing is computed
+        assert backend.updates == 0
+        assert submit(swarm, tensors, header).result(WAIT_S).tensors
+        settled(swarm)
+    assert backend.updates == 1
+
+
+def test_a_backward_that_is_running_is_finished_and_a_repeat_has_its_answer() -> None:
+    started, gate = threading.Event(), threading.Event()
+
+    class Gated(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            started.set()
+            assert gate.wait(WAIT_S)
+            return super().forward(x)
+
+    gate.set()
+    module = Gated(HIDDEN, HIDDEN)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    backend = ExpertBackend("e.0", module, optimizer, args_schema=(B(HIDDEN),))
+    gate.clear()
+    started.clear()
+    tensors, header = one_backward()
+    with memory_swarm({"e.0": backend}) as swarm:
+        call = submit(swarm, tensors, header)
+        assert started.wait(WAIT_S)
+        call.cancel()
+        wait_until(lambda: not +swarm.server.handler._open)
+        assert swarm.server.handler.inflight.bytes > sum(t.nbytes for t in tensors)  # counted until it is gone
+        gate.set()
+        assert submit(swarm, tensors, header).result(WAIT_S).tensors
+        settled(swarm)
+    assert backend.updates == 1
+
+
+def test_a_repeat_has_its_own_time() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    tensors, header = one_backward(time_left_s=0.3)
+    with memory_swarm({"e.0": backend}) as swarm:
+        with swarm.server.paused():
+            first = submit(swarm, tensors, header)
+            swarm.server.wait_pending(1)
+            repeat = submit(swarm, tensors, RequestHeader(request_id=header.request_id))
+            with pytest.raises(DeadlineExceeded):
+                first.result(WAIT_S)
+            swarm.server.wait_pending(1)
+        assert repeat.result(WAIT_S).tensors
+        settled(swarm)
+    assert backend.updates == 1
+
+
+def test_a_repeat_of_what_had_to_make_room_for_others_is_tried_itself() -> None:
+    backend = linear_backend("e.0", lr=0.1, pool_size=2)
+    tensors, header = one_backward()
+    with memory_swarm({"e.0": backend}) as swarm:
+        modest = MemoryTransport({"server0": swarm.server.handler}, caller="modest")
+        with swarm.server.paused():
+            other = submit(swarm, *one_backward())
+            swarm.server.wait_pending(1)
+            calls = [submit(swarm, tensors, header) for _ in range(2)]
+            swarm.server.wait_pending(2)
+            wait_until(lambda: swarm.server.handler.requests == 3)
+            call = make_call(BACKWARD, "e.0", *one_backward())
+            pushed_out = client_loop().submit(modest.call(swarm.server.peer, call, timeout_s=WAIT_S))
+            for call in calls:  # there is no room for the repeat either
+                with pytest.raises(Overloaded):
+                    call.result(WAIT_S)
+        assert other.result(WAIT_S).tensors and pushed_out.result(WAIT_S).tensors
+        assert submit(swarm, tensors, header).result(WAIT_S).tensors
+        settled(swarm)
+    assert backend.updates == 3 or backend.backward_pool.statistics().tasks == 3
+
+
+@pytest.mark.parametrize("change", ["rows", "gradient mask", "optional kwarg"])
+def test_a_repeat_of_another_request_is_refused(change: str) -> None:
+    module = seeded(LoraExpert)
+    backend = lora_backend(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    names = ("lora_a", "lora_b")
+    data, grad, given = x(), x(), adapter()
+    first = RequestHeader(present=names, request_id=new_request_id(), wants_grad=(True, False, False))
+    other, tensors = first, [data, *given, grad]
+    if change == "rows":
+        tensors = [x(3), *given, x(3)]
+    elif change == "gradient mask":
+        other = RequestHeader(present=names, request_id=first.request_id)
+    else:
+        other, tensors = RequestHeader(request_id=first.request_id), [data, grad]
+    with memory_swarm({"lora.0": backend}) as swarm:
+        answer = send(swarm, BACKWARD, [data, *given, grad], first)
+        with pytest.raises(Refused):
+            send(swarm, BACKWARD, tensors, other)
+        less = RequestHeader(present=names, request_id=first.request_id, wants_grad=(False, False, False))
+        assert send(swarm, BACKWARD, [data, *given, grad], less).tensors == []
+        assert torch.equal(send(swarm, BACKWARD, [data, *given, grad], first).tensors[0], answer.tensors[0])
+        settled(swarm)
+    assert backend.updates == 1
+
+
+def test_after_a_failure_of_which_nobody_knows_how_far_it_came_a_repeat_is_refused() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    process = backend.backward_pool.process_func
+
+    def train_and_fail(tasks: list[Task]) -> Any:
+        process(tasks)
+        raise MemoryError("no room for the answer")
+
+    tensors, header = one_backward()
+    with memory_swarm({"e.0": backend}) as swarm:
+        backend.backward_pool.process_func = train_and_fail
+        with pytest.raises(ExpertFailed, match="MemoryError"):
+            submit(swarm, tensors, header).result(WAIT_S)
+        backend.backward_pool.process_func = process
+        settled(swarm)
+        with pytest.raises(Refused, match="not trained twice"):
+            submit(swarm, tensors, header).result(WAIT_S)
+        settled(swarm)
+    assert backend.updates == 1
+
+
+def test_backwards_without_rows_are_not_remembered() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    with memory_swarm({"e.0": backend}) as swarm:
+        for _ in range(3):
+            header = RequestHeader(request_id=new_request_id())
+            assert submit(swarm, [torch.empty(0, HIDDEN)] * 2, header).result(WAIT_S).tensors
+        settled(swarm)
+        assert repr(swarm.server.handler.once) == "OnceWindow(0 running, 0 answers of 0 bytes)"
+
+
+def test_no_other_peer_ends_a_window() -> None:
+    backend = linear_backend("e.0", lr=0.1)
+    tensors, header = one_backward()
+    with memory_swarm({"e.0": backend}, handler_config=HandlerConfig(once_max_replies=8)) as swarm:
+        submit(swarm, tensors, header).result(WAIT_S)
+        for i in range(60):
+            flood = MemoryTransport({"server0": swarm.server.handler}, caller=f"flood {i % 3}")
+            call = make_call(BACKWARD, "e.0", *one_backward())
+            client_loop().run(flood.call(swarm.server.peer, call, timeout_s=WAIT_S))
+        updates = backend.updates
+        assert submit(swarm, tensors, header).result(WAIT_S).tensors
+        settled(swarm)
+        assert backend.updates == updates
+
+
+def test_large_answers_are_copied_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[tuple[str, int]] = []
+    copy = moe.server.connection_handler.own_memory
+
+    def recording(tensors: Any) -> Any:
+        threads.append((threading.current_thread().name, sum(t.nbytes for t in tensors)))
+        return copy(tensors)
+
+    monkeypatch.setattr(moe.server.connection_handler, "own_memory", recording)
+    backend = linear_backend("e.0", max_batch_size=2**20)
+    with memory_swarm({"e.0": backend}) as swarm:
+        with swarm.server.paused():
+            rows = (1, 2**17)
+            data = [torch.randn(count, HIDDEN) for count in rows]
+            calls = [submit(swarm, [d, d], RequestHeader(request_id=new_request_id())) for d in data]
+            swarm.server.wait_pending(2)
+        for call, count in zip(calls, rows):
+            assert call.result(WAIT_S).tensors[0].shape == (count, HIDDEN)
+        settled(swarm)
+    assert {name for name, size in threads if size > 2**20} != {"moe-client-loop"}  # where a MemoryTransport serves
+    assert {name for name, size in threads if size < 2**20} == {"moe-client-loop"}
+
+
 # --- started, not run ----------------------------------------------------------------------------------------------------
 
 
@@ -857,3 +1064,96 @@ def test_what_is_started_and_fails_is_answered_with_the_error() -> None:
         _, outcome = request.answers.get(timeout=WAIT_S)
         assert isinstance(outcome, ExpertFailed)
         assert "on purpose" in outcome.message
+
+
+# --- memory is let go of ------------------------------------------------------------------------------------------------
+
+
+def test_a_small_answer_does_not_keep_the_batch_that_it_was_computed_in() -> None:
+    with memory_swarm({"e.0": linear_backend("e.0")}) as swarm:
+        sizes = (1, 2000)
+        requests = [Starting(swarm.server, "e.0", [torch.randn(rows, HIDDEN)], NATIVE) for rows in sizes]
+        with requests[0] as small, requests[1] as large:
+            with swarm.server.paused():
+                assert small.start() and large.start()
+                swarm.server.wait_pending(2)
+            for request, rows in ((small, 1), (large, 2000)):
+                _, reply = request.answers.get(timeout=WAIT_S)
+                assert reply.tensors[0].untyped_storage().nbytes() == rows * HIDDEN * 4
+
+
+@pytest.mark.parametrize("method", [FORWARD, BACKWARD])
+def test_what_a_request_has_sent_is_let_go_of_with_its_answer(method: str) -> None:
+    """At once, not when the garbage collector comes by."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Watching(ExpertBackend):
+        def make_task(self, operation: str, tensors: Sequence[torch.Tensor], *args: Any) -> Task:
+            alive.extend(map(weakref.ref, tensors))
+            return super().make_task(operation, tensors, *args)
+
+    module = nn.Linear(HIDDEN, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    backend = Watching("e.0", module, optimizer, args_schema=(B(HIDDEN),))
+    with memory_swarm({"e.0": backend}) as swarm:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                data = torch.randn(1000, HIDDEN)
+                if method == FORWARD:
+                    with Starting(swarm.server, "e.0", [data], NATIVE) as request:
+                        assert request.start()
+                        request.answers.get(timeout=WAIT_S)
+                    del request
+                    continue
+                key = new_request_id()
+                send(swarm, FORWARD, [data], RequestHeader(keep=True, request_id=key), "e.0")
+                header = RequestHeader(request_id=new_request_id(), wants_grad=(False,), held={0: key})
+                send(swarm, BACKWARD, [torch.randn(1000, 1)], header, "e.0")
+            del data
+            wait_until(lambda: not any(reference() is not None for reference in alive))
+        finally:
+            gc.enable()
+        swarm.server.handler.check_idle()
+
+
+def test_whatever_an_answers_receiver_does_the_runtime_goes_on() -> None:
+    with memory_swarm({"e.0": linear_backend("e.0")}) as swarm:
+        for error in (ValueError("x"), SystemExit(1), KeyboardInterrupt()):
+            told = threading.Event()
+
+            def answer(outcome: Any, error: BaseException = error, told: threading.Event = told) -> None:
+                told.set()
+                raise error
+
+            request = Starting(swarm.server, "e.0", [torch.randn(2, HIDDEN)], NATIVE)
+            admission = request._in_loop(request._open)
+            assert request._in_loop(lambda a=admission, r=request, f=answer: a.start(r.tensors, f))
+            assert told.wait(WAIT_S)
+            request._in_loop(admission.release)
+            wait_until(lambda: swarm.server.handler.inflight.bytes == 0)
+        assert send(swarm, FORWARD, [torch.randn(2, HIDDEN)], NATIVE, "e.0").tensors
+        swarm.server.handler.check_idle()
+
+
+def test_a_task_that_is_running_is_counted_although_its_caller_has_gone() -> None:
+    started, gate = threading.Event(), threading.Event()
+
+    class Gated(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            started.set()
+            assert gate.wait(WAIT_S)
+            return x * 2
+
+    backend = ExpertBackend("e.0", Gated(), args_schema=(B(HIDDEN),), outputs_schema=B(HIDDEN))
+    data = torch.randn(2000, HIDDEN)
+    with memory_swarm({"e.0": backend}) as swarm:
+        admission = (request := Starting(swarm.server, "e.0", [data], NATIVE))._in_loop(request._open)
+        assert request._in_loop(lambda: admission.start([data], lambda _: None))
+        assert started.wait(WAIT_S)
+        request._in_loop(admission.release)
+        assert swarm.server.handler.inflight.bytes > data.nbytes
+        gate.set()
+        wait_until(lambda: swarm.server.handler.inflight.bytes == 0)
+        swarm.server.handler.check_idle()

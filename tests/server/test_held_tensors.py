@@ -319,6 +319,63 @@ def test_a_backward_that_fails_leaves_the_inputs_for_another_try() -> None:
         assert server.backends["lora.0"].updates == 1
 
 
+class TwoKwargs(nn.Module):
+    """Two optional kwargs of one shape, and another use for each."""
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor | None = None, b: torch.Tensor | None = None) -> torch.Tensor:
+        return x.tanh() * (1 if a is None else a) + (0 if b is None else b.sin() * x)
+
+
+def two_kwargs(name: str) -> ExpertBackend:
+    proto = BatchTensorProto(HIDDEN)
+    kwargs = {"a": proto, "b": proto}
+    return ExpertBackend(name, TwoKwargs(), args_schema=(proto,), kwargs_schema=kwargs, optional_kwargs=("a", "b"))
+
+
+@pytest.mark.parametrize("uid, present", [("e.0", ("b",)), ("e.1", ("a",)), ("e.0", ()), ("e.0", ("a", "b"))])
+def test_what_is_kept_is_of_one_expert_and_its_kwargs(uid: str, present: tuple[str, ...]) -> None:
+    """A backward of anything else is answered as if nothing had been kept, or with ``not_held``."""
+    rows = 512
+    data, a, b, grad = (torch.randn(rows, HIDDEN) for _ in range(4))
+    request_id = new_request_id()
+    with MemoryServer({"e.0": two_kwargs("e.0"), "e.1": two_kwargs("e.1")}) as server:
+        keeping = RequestHeader(present=("a",), keep=True, request_id=request_id)
+        send(server, FORWARD, [data, a], keeping, "e.0")
+        assert (len(server.handler.held_inputs), len(server.handler.held_forwards)) == (2, 1)
+        kwargs = [{"a": a, "b": b}[name] for name in present]
+        mine = leaves(data, *kwargs)
+        TwoKwargs()(mine[0], **dict(zip(present, mine[1:]))).backward(grad)
+        everything = dict.fromkeys(range(1 + len(present)), request_id)
+        if uid == "e.1" or "b" in present:  # by position it would be found
+            with pytest.raises(TensorNotHeld):
+                send(server, BACKWARD, [grad], RequestHeader(present=present, held=everything), uid)
+        referring = RequestHeader(present=present, held={0: request_id} if uid == "e.0" else {})
+        sent = [*([] if uid == "e.0" else [data]), *kwargs, grad]
+        for gradient, leaf in zip(send(server, BACKWARD, sent, referring, uid).tensors, mine, strict=True):
+            close(gradient, leaf.grad)
+        server.handler.check_idle()
+
+
+def test_activations_of_small_requests_are_not_kept() -> None:
+    """Each takes some memory besides its tensors, and they would be many."""
+    with lora_server() as server:
+        send(server, FORWARD, [x(1)], RequestHeader(keep=True, request_id=new_request_id()))
+        assert len(server.handler.held_forwards) == 0
+        for _ in range(5):
+            send(server, FORWARD, [x(32, 8)], RequestHeader(keep=True, request_id=new_request_id()))
+        assert server.handler.held_forwards.bytes > 5 * 2**16
+        server.handler.check_idle()
+
+
+def test_what_is_held_counts_as_it_was_when_it_came() -> None:
+    own, growing = store(), tensor(10)
+    own.hold("anna", b"a", growing, 0.0)
+    growing.tensor.untyped_storage().resize_(20)
+    own.check()
+    own.drop("anna", [b"a"])
+    assert own.bytes == 0
+
+
 def changed(header: RequestHeader, **changes: Any) -> RequestHeader:
     fields = {name: getattr(header, name) for name in header.__struct_fields__}
     return RequestHeader(**{**fields, **changes})
