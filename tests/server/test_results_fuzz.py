@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -459,7 +459,7 @@ def _change_behind_its_back(rng: random.Random, expert: Expert) -> None:
     """What a user's thread may do between two calls."""
     how = rng.choice(["data", "in place", "swap", "state", "buffer"])
     for module in (expert.backend.module, expert.twin):
-        weight: Any = module.inner.weight
+        weight: Any = cast(Any, module).inner.weight
         with torch.no_grad():
             if how == "data":
                 weight.data.mul_(0.9)
