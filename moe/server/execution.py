@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Outcome = TaskResult | BaseException
 Compute = Callable[[list[Task]], list[TaskResult]]
 Join = Callable[[Task, Sequence[TaskResult]], TaskResult]
-Undoable = Callable[[], AbstractContextManager[None]]
+Undoable = Callable[[], AbstractContextManager[object]]
 
 MAX_ERROR_CHARS = 1000  # of a module's own error message
 

@@ -50,7 +50,7 @@ from moe.server.kept_forwards import KeptForward, NotKept, Thrift
 from moe.server.matmul import speed_up_linear
 from moe.server.module_state import Attributes, has_graph, places_of
 from moe.server.optim import fuse, load_state, move_state, portable_state
-from moe.server.ownership import held_elsewhere, lend, lends_for_nothing, own, plain
+from moe.server.ownership import SMALL_BYTES, held_elsewhere, lend, lends_for_nothing, own, plain
 from moe.server.task_pool import DeviceLost, Task, TaskPool, TaskResult
 from moe.server.transfer import to_cpu
 from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
@@ -136,6 +136,7 @@ class ExpertBackend:
             outputs = infer_outputs(name, module, self.schema)
             self.schema = ExpertSchema(self.schema.args, self.schema.kwargs, outputs, optional_kwargs)
         self._attributes = _attributes_of(module)
+        self._has_buffers = next(iter(module.buffers()), None) is not None
         self._empty = EmptyOutputs(self.schema.output_entries)
         pool = dict(max_batch_size=max_batch_size, min_batch_size=min_batch_size, timeout=timeout, pool_size=pool_size)
         self.forward_pool = TaskPool(self._run_forward, name=f"{name}_forward", **cast(Any, pool))
@@ -349,17 +350,24 @@ class ExpertBackend:
     def _run_forward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
             join = self._join_rows if self.schema.mergeable else None
-            return run_isolated(tasks, lambda tasks: self._mending(self._compute_forward, tasks), join)
+            return run_isolated(tasks, lambda tasks: self._computed(self._compute_forward, tasks), join)
 
-    def _mending(self, compute: Callable[[list[Task]], list[TaskResult]], tasks: list[Task]) -> list[TaskResult]:
-        """Compute; once more, if the module turns out to use a tensor that it has kept from an earlier stacked run."""
+    def _computed(self, compute: Callable[[list[Task]], list[TaskResult]], tasks: list[Task]) -> list[TaskResult]:
+        """Compute; once more, if the module turns out to use a tensor that it has kept from an earlier stacked run. Statistics
+        that have become nan (a BatchNorm's, of one caller's rows) are put back: they would stay so."""
+        statistics = _small_buffers(self.module) if self._has_buffers and not self.train_on_non_finite else []
         try:
             return compute(tasks)
         except RuntimeError as e:
             if not is_told_by(text_of(e)):
                 raise
+        finally:
+            for part, name, value in statistics:
+                now = part._buffers.get(name)
+                if now is not None and not now.isfinite().all():
+                    part._buffers[name] = now.detach().copy_(value) if now.shape == value.shape else value
         if mend_all():
-            self._stackable |= {(tasks[0].operation, tasks[0].present): False}
+            self._stackable[tasks[0].operation, tasks[0].present] = False
         return compute(tasks)
 
     def _compute_forward(self, tasks: list[Task]) -> list[TaskResult]:
@@ -511,7 +519,7 @@ class ExpertBackend:
             self._batch_rows = sum(task.rows for task in tasks)
             join = self._join_rows if self.schema.mergeable else None
             outcomes = run_isolated(
-                tasks, lambda tasks: self._mending(self._compute_backward, tasks), join, self._added_gradients
+                tasks, lambda tasks: self._computed(self._compute_backward, tasks), join, self._added_gradients
             )
             rows = sum(
                 task.rows
@@ -946,6 +954,21 @@ def _attributes_of(module: nn.Module) -> Attributes:
         return Attributes(module)
     except ValueError:  # too much to look at
         return Attributes(nn.Identity())
+
+
+def _small_buffers(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """Copies of a module's small floating-point buffers that are finite, with their places, if it is in training."""
+    if not module.training:
+        return []
+    return [
+        (part, name, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+        and buffer.is_floating_point()
+        and buffer.nbytes <= SMALL_BYTES
+        and buffer.isfinite().all()
+    ]
 
 
 def _lanes(tasks: list[Task]) -> list[list[Task]]:

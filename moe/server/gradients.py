@@ -35,4 +35,4 @@ def add(gradient: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tenso
         return more if gradient is None else gradient
     if gradient.layout is torch.strided:
         return gradient.add_(more)
-    return gradient + more
+    return more + gradient if more.layout is torch.strided else gradient + more

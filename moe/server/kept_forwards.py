@@ -81,8 +81,8 @@ class KeptForward:
             randomness.restore()
             raise
         self._mark = _or_not_kept(lambda: Mark(module), self.outputs)
-        self._volatile = before.changed_scalars(self._mark)  # it counts something
-        if not before.same_as(self._mark, self._volatile) or RandomState() != randomness:
+        self._counters = before.counters(self._mark)
+        if not before.same_as(self._mark, self._counters) or RandomState() != randomness:
             raise NotKept("the forward has changed the module, or drawn random numbers", self.outputs)
         nodes = list(_nodes(self.outputs))
         if any(map(_hides_something, nodes)) or sum(map(_count_unknown, nodes)) > 0:
@@ -117,7 +117,7 @@ class KeptForward:
                 self.unchanged
                 and len(inputs) == len(self._inputs)
                 and all(_equal(mine, given) for (mine, _), given in zip(self._inputs, inputs))
-                and self._mark.same_as(Mark(self._module), self._volatile)
+                and self._mark.same_as(Mark(self._module), self._counters)
             )
         except (ValueError, RuntimeError):  # it holds something by now that cannot be looked at
             return False

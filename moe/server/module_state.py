@@ -55,6 +55,7 @@ class Attributes:
             raise ValueError("too many containers in a module's attributes")
         if depth == _MAX_DEPTH or isinstance(container, set):
             return
+        values: Any
         if depth == 0:
             values = [value for name, value in copy.items() if name not in _OF_MODULES]
         else:
@@ -144,59 +145,68 @@ def _find(
 class Mark:
     """What a module holds, to compare.
 
-    :param watched: further tensors that it depends on
     :raises ValueError: there is too much of it
     :raises RuntimeError: it holds tensors without ordinary memory (sparse ones, say)
     """
 
-    def __init__(self, module: nn.Module, watched: Iterable[torch.Tensor] = ()):
-        self.scalars: dict[Any, Any] = {}
-        self._objects: dict[Any, Any] = {}
+    def __init__(self, module: nn.Module):
+        self._scalars: dict[Any, Any] = {}
+        self._objects: dict[Any, Any] = {}  # held, so that no other object gets their address
         tensors: dict[int, torch.Tensor] = {}
         self._seen: set[int] = set()
         for name, part in module.named_modules():
             self._look(vars(part), (name,), tensors)
-        tensors.update((id(tensor), tensor) for tensor in watched)
+        for tensor in (*module.parameters(), *module.buffers()):  # those of scripted modules are no attributes
+            tensors[id(tensor)] = tensor
         self._contents = [(key, t.data_ptr(), t._version, tuple(t.shape), t.stride()) for key, t in tensors.items()]
         self._sums = contents(tensors.values())
 
     def _look(self, value: Any, place: tuple[Any, ...], tensors: dict[int, torch.Tensor]) -> None:
         if isinstance(value, torch.Tensor):
             tensors[id(value)] = value
-            self._objects[place] = id(value)
+            self._scalars[place] = ("tensor", id(value))
         elif isinstance(value, _SCALARS):
-            self.scalars[place] = (type(value), value)
+            self._scalars[place] = (type(value), value)
         elif isinstance(value, torch.Generator):
-            self._objects[place] = bytes(value.get_state().numpy())
+            self._scalars[place] = ("generator", bytes(value.get_state().numpy()))
         elif isinstance(value, np.ndarray):
-            self._objects[place] = id(value), value.tobytes()
+            self._scalars[place] = ("array", value.dtype, value.shape, value.tobytes())
+        elif isinstance(value, (set, frozenset)):
+            self._scalars[place] = ("set", frozenset(map(_name, value)))
         else:
-            self._objects[place] = id(value)
+            self._objects[place] = value
             inside = value if isinstance(value, (dict, list, tuple)) else _plain_object(value)
             if inside is None or id(value) in self._seen or len(place) > _MAX_DEPTH + 1:
                 return
             self._seen.add(id(value))
             for key, item in inside.items() if isinstance(inside, dict) else enumerate(inside):
-                self._look(item, (*place, key), tensors)
-        if len(self.scalars) + len(self._objects) > MAX_PLACES:
+                self._look(item, (*place, _name(key)), tensors)
+        if len(self._scalars) + len(self._objects) > MAX_PLACES:
             raise ValueError("too many values in a module's attributes")
 
-    def same_as(self, other: Mark, volatile: Iterable[Any] = ()) -> bool:
+    def same_as(self, other: Mark, counters: Iterable[Any] = ()) -> bool:
         """Does the module hold the same?
 
-        :param volatile: places of scalars that may differ
+        :param counters: places of numbers that may differ
         """
         return (
             self._contents == other._contents
-            and self._objects == other._objects
-            and not (set(self.changed_scalars(other)) - set(volatile))
+            and self._objects.keys() == other._objects.keys()
+            and all(value is other._objects[place] for place, value in self._objects.items())
+            and self._changed(other) <= set(counters)
             and self._sums == other._sums
         )
 
-    def changed_scalars(self, other: Mark) -> list[Any]:
-        """Places of numbers, texts and the like that differ."""
-        places = self.scalars.keys() | other.scalars.keys()
-        return [p for p in places if not _equal(self.scalars.get(p), other.scalars.get(p))]
+    def counters(self, later: Mark) -> list[Any]:
+        """Places of whole numbers that have changed: they count something."""
+        return [p for p in self._changed(later) if self._is_count(p) and later._is_count(p)]
+
+    def _is_count(self, place: Any) -> bool:
+        return self._scalars.get(place, (None,))[0] is int
+
+    def _changed(self, other: Mark) -> set[Any]:
+        places = self._scalars.keys() | other._scalars.keys()
+        return {p for p in places if self._scalars.get(p) != other._scalars.get(p)}
 
 
 class RandomState:
@@ -297,5 +307,6 @@ def _tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item, depth + 1)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    return bool(one == other) or (one is not None and other is not None and one != one and other != other)
+def _name(key: Any) -> Any:
+    """What tells a key, or an item of a set, from others."""
+    return (type(key), key) if isinstance(key, _SCALARS) else id(key)

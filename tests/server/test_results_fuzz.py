@@ -1,7 +1,7 @@
 """Random modules, optimizers, callers and calls: what a client gets, and what an expert learns, equals the module run locally.
 
-Everything is made from one seed, which a failure tells: ``FUZZ_SEED=123 pytest tests/server/test_results_fuzz.py`` runs it again,
-``FUZZ_SECONDS=1800`` runs for longer than in the suite.
+Everything is made from one seed, which a failure tells. ``FUZZ_SEED=123 pytest tests/server/test_results_fuzz.py`` runs that
+again, ``FUZZ_SECONDS=1800`` runs for longer than in the suite.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -58,6 +58,7 @@ RETURNS = (
 )
 GRADIENTS = ("autograd", "a function's memory", "a function's attribute")
 STATES = ("nothing", "counts", "a buffer that is replaced", "a running mean", "a running mean's data")
+DRAWS = ("nothing", "nothing", "dropout", "Python's numbers")
 _masks: dict[Any, torch.Tensor] = {}
 
 
@@ -174,6 +175,10 @@ class Strange(nn.Module):
         h = torch.relu_(h) if options["writes"] == "hidden" else torch.tanh(h)
         if options["gradients"] != "autograd":
             h = OwnFunction.apply(h, self.memory, options["gradients"] == "a function's attribute")
+        if options["draws"] == "dropout":
+            h = nn.functional.dropout(h, 0.3)
+        elif options["draws"] != "nothing":
+            h = h * random.random()
         y = self.outer(h) + self.steady + self.bias
         if scale is not None:
             y = y * scale
@@ -273,22 +278,18 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-# --- one round: a module, an optimizer, some callers ---------------------------------------------------------------------------
+# --- one round: a module, an optimizer, some callers --------------------------------------------------------------------------
 
 
 class Expert:
     """A server's expert and its local twin."""
 
-    def __init__(self, rng: random.Random):
+    def __init__(self, rng: random.Random, *, draws: bool = False):
         seed = rng.randrange(2**31)
         self.dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
-        self.options = {
-            "writes": rng.choice(WRITES),
-            "caches": rng.choice(CACHES),
-            "returns": rng.choice(RETURNS),
-            "gradients": rng.choice(GRADIENTS),
-            "state": rng.choice(STATES),
-        }
+        kinds = {"writes": WRITES, "caches": CACHES, "returns": RETURNS, "gradients": GRADIENTS, "state": STATES}
+        self.options = {name: kind[0] if rng.random() < 0.65 else rng.choice(kind) for name, kind in kinds.items()}
+        self.options["draws"] = rng.choice(DRAWS) if draws else "nothing"
         self.optimizer_name = rng.choice([None, *OPTIMIZERS])
         self.accumulate_steps = rng.choice([1, 1, 1, 3])
         module, self.twin = (Strange(seed, dict(self.options), self.dtype) for _ in range(2))
@@ -458,7 +459,7 @@ def _change_behind_its_back(rng: random.Random, expert: Expert) -> None:
     """What a user's thread may do between two calls."""
     how = rng.choice(["data", "in place", "swap", "state", "buffer"])
     for module in (expert.backend.module, expert.twin):
-        weight: Any = module.inner.weight
+        weight: Any = cast(Any, module).inner.weight
         with torch.no_grad():
             if how == "data":
                 weight.data.mul_(0.9)
@@ -525,22 +526,53 @@ def a_round(seed: int) -> None:
                 rng.choice(actions)(rng, swarm, expert)
             assert swarm.server.handler.inflight_bytes == 0
     except BaseException as e:
-        e.add_note(f"FUZZ_SEED={seed}: {expert}") if hasattr(e, "add_note") else print(f"FUZZ_SEED={seed}: {expert}")
-        raise
+        raise AssertionError(f"FUZZ_SEED={seed}: {expert}") from e
     finally:
         _masks.clear()
 
 
+def program(seed: int, hold: bool) -> list[torch.Tensor]:
+    """One caller's steps, in which everything is a matter of the seed: all outputs, gradients and parameters."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed), random.seed(seed)
+    expert = Expert(rng, draws=True)
+    seen: list[torch.Tensor] = []
+    with memory_swarm({"e.0": expert.backend}) as swarm:
+        remote = swarm.expert("e.0", config=ClientConfig(hold_tensors=hold))
+        for _ in range(6):
+            calls = list(_calls(rng, expert, rng.choice([1, 1, 2])))
+            for call in calls:
+                call.forward(remote)
+                seen += [call.outputs[name].detach().clone() for name in ("y", "more", "best")]
+            rng.shuffle(calls)
+            for call in calls:
+                if rng.random() < 0.2:
+                    _change_behind_its_back(rng, expert)
+                if call.outputs["y"].requires_grad:
+                    call.backward()
+                seen += [leaf.grad for leaf in _flat(call.remote) if leaf.grad is not None]
+            seen += [tensor.detach().clone() for tensor in expert.backend.module.state_dict().values()]
+    _masks.clear()
+    return seen
+
+
+def keeping_changes_no_bit(seed: int) -> None:
+    with_keeping, without = (program(seed, hold) for hold in (True, False))
+    for i, (one, other) in enumerate(zip(with_keeping, without, strict=True)):
+        assert torch.equal(one, other) or (one.isnan() & other.isnan()).any(), f"tensor {i}, FUZZ_SEED={seed}"
+
+
 @pytest.mark.timeout(SECONDS + 120)
 @pytest.mark.filterwarnings("ignore:.*batching rule")
-def test_results_equal_the_local_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("check", [a_round, keeping_changes_no_bit])
+def test_results_equal_the_local_modules_and_keeping_changes_none(
+    check: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
     monkeypatch.setattr(moe.client.references, "KEEP_FROM_BYTES", 2**12)  # small calls are kept, too
     first = int(os.environ.get("FUZZ_SEED", "0"))
-    end = time.monotonic() + SECONDS
-    rounds = 0
+    end = time.monotonic() + SECONDS / 2
     for seed in itertools.count(first):
-        a_round(seed)
-        rounds += 1
+        check(seed)
+        record_property("last seed", seed)
         if time.monotonic() > end or ("FUZZ_SEED" in os.environ and "FUZZ_SECONDS" not in os.environ):
             break
-    print(f"{rounds} rounds from FUZZ_SEED={first}")
