@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,9 +100,16 @@ def _place_of(tensor: torch.Tensor) -> Hashable:
 
 
 def _mark(tensor: torch.Tensor, codec: int) -> bytes:
-    """BLAKE3 of all that makes the digest: every byte in its place, dtype, shape and codec."""
-    state = blake3(f"{tensor.dtype}{tuple(tensor.shape)}{int(codec)}:".encode())
-    raw = tensor.detach().contiguous().reshape(-1)
-    if raw.numel():
-        state.update(raw.view(torch.uint8).numpy().data)
+    """Of all that makes the digest: contents and codec."""
+    return fingerprint([tensor], codec)
+
+
+def fingerprint(tensors: Sequence[torch.Tensor], *more: int) -> bytes:
+    """BLAKE3 of every byte in its place, dtypes and shapes: the same for the same tensors only."""
+    state = blake3(repr(more).encode())
+    for tensor in tensors:
+        raw = tensor.detach().contiguous().reshape(-1)
+        state.update(f"{tensor.dtype}{tuple(tensor.shape)}:".encode())
+        if raw.numel():
+            state.update(raw.view(torch.uint8).numpy().data)
     return state.digest()

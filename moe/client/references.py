@@ -2,8 +2,9 @@
 to rely on it, and sending the tensors after all when it does not hold them.
 
 Two kinds: *global* tensors (an adapter) by the digest of their contents, from the second request on; *inputs* of a forward by
-its request id, in the backward that follows. A server that has dropped a tensor says so before it takes anything, and gets the
-same request with the tensors in it: nobody's failure. A server that drops things all the time is not relied upon for a while.
+its request id, in the backward that follows, if all inputs are still what they were. A server that has dropped a tensor says so
+before it takes anything, and gets the same request with the tensors in it: nobody's failure. A server that drops things all the
+time is not relied upon for a while.
 
 ``SentTensors`` and ``Pauses`` decide and read no clock; ``Referring`` does the calls. Must not know: retries, autograd.
 Everything runs in the client's event loop.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import torch
 
-from moe.client.digests import Contents, Digests
+from moe.client.digests import Contents, Digests, fingerprint
 from moe.errors import ConnectError, PeerGone, TensorNotHeld
 from moe.expert_uid import PeerIDLike
 from moe.schema import Entry
@@ -44,11 +45,13 @@ class Kept:
     """Which inputs of one forward a server keeps for its backward. Written by the forward.
 
     :ivar peer: base58, who keeps them; empty: nobody
+    :ivar contents: of all inputs, kept or not: a server that keeps some may keep what it has computed from all of them
     """
 
     peer: str = ""
     request_id: bytes = b""
     positions: tuple[int, ...] = ()
+    contents: bytes = b""
 
 
 KeptRows = dict[tuple[int, int], Kept]
@@ -180,12 +183,12 @@ class Referring:
         loop, name = asyncio.get_running_loop(), peer.to_base58()
         end = None if timeout_s is None else loop.time() + timeout_s
         large = [i for i, tensor in enumerate(call.tensors[: len(inputs)]) if tensor.nbytes >= MIN_HELD_BYTES]
-        hopes = _Hopes()
+        hopes, told = _Hopes(), None
         if not self._globals.paused(name, loop.time()):
             hopes.shared = [i for i in large if not inputs[i].proto.batched]
         if call.method == FORWARD:
             hopes.keep = kept is not None and not self._inputs.paused(name, loop.time())
-        elif kept is not None and kept.peer == name:
+        elif kept is not None and kept.peer == name and kept.contents == await _contents_of(call, inputs):
             hopes.by_id = dict.fromkeys(kept.positions[:MAX_HELD], kept.request_id)
         while True:
             others = [i for i in hopes.shared if i not in hopes.by_id][: MAX_HELD - len(hopes.by_id)]
@@ -202,6 +205,8 @@ class Referring:
             if sum(call.tensors[i].nbytes for i in keep) < KEEP_FROM_BYTES:
                 keep = []
             request = _referring(call, held, hold, bool(keep))
+            if keep and told is None:  # while the request is on its way
+                told = asyncio.ensure_future(_contents_of(call, inputs))
             uploads = {(name, contents[i].mark) for i in hold if call.tensors[i].nbytes >= _ONE_UPLOAD_BYTES}
             with self._uploading(uploads):
                 try:
@@ -226,6 +231,8 @@ class Referring:
             self._inputs.found(name)
             kept.peer = ""  # they were kept for one backward
         if keep and kept is not None and request.header is not None and request.header.request_id is not None:
+            assert told is not None
+            kept.contents = await told
             kept.peer, kept.request_id, kept.positions = name, request.header.request_id, tuple(keep)
         return reply
 
@@ -310,6 +317,12 @@ def may_refer(method: str, tensors: Sequence[torch.Tensor], inputs: Sequence[Ent
     if method == FORWARD:
         return kept is not None and sum(size for size in sizes if size >= MIN_HELD_BYTES) >= KEEP_FROM_BYTES
     return kept is not None and bool(kept.peer)
+
+
+async def _contents_of(call: Call, inputs: Sequence[Entry]) -> bytes:
+    """Of all inputs, as they are now: nothing else tells that nobody has written to them."""
+    tensors = call.tensors[: len(inputs)]
+    return await asyncio.get_running_loop().run_in_executor(None, fingerprint, tensors)
 
 
 def _referring(call: Call, held: Mapping[int, bytes], hold: Sequence[int], keep: bool) -> Call:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -138,6 +139,10 @@ def linked(request: pytest.FixtureRequest, dht: DHT, server: Server) -> RemoteEx
     return expert
 
 
+def has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_calls_over_connections_of_its_own(linked: RemoteExpert) -> None:
     """As workers of a DataLoader do. What the parent has open is the parent's: bytes of the child in between would spoil it."""
@@ -153,9 +158,7 @@ def test_a_forked_child_calls_over_connections_of_its_own(linked: RemoteExpert) 
                 os._exit(code)
         for _ in range(5):
             assert torch.allclose(call(linked, inputs)[0], expected, atol=TOLERANCE)
-        wait_until(
-            lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, what="the child's end"
-        )
+        wait_until(partial(has_ended, child), what="the child's end")
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.allclose(call(linked, inputs)[0], expected, atol=TOLERANCE)
 
@@ -192,10 +195,7 @@ def test_children_forked_while_threads_call_are_not_held_up_by_their_locks(linke
                     code = 0 if run() < TOLERANCE else 2
                 finally:
                     os._exit(code)
-            wait_until(
-                lambda child=child: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None,
-                what="the child's end",
-            )
+            wait_until(partial(has_ended, child), what="the child's end")
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         ended.set()
         assert all(future.result(30) < TOLERANCE for future in calling)
