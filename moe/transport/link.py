@@ -379,7 +379,7 @@ class Link:
 
     def _write(self) -> None:
         """Write as much as the socket takes now, of whichever thread holds the lock."""
-        left = _TURN_BYTES
+        left = _TURN_BYTES // 4 if self._tls else _TURN_BYTES
         try:
             while left > 0 and (self._writing or self._refill()):
                 sent = self._send_some()
