@@ -28,7 +28,7 @@ from moe.transport.memory import MemoryPeer
 from moe.transport.tickets import Ticket
 from moe.wire.frames import DATA, HEADER, HELLO, OPEN, encode_frame
 from moe.wire.messages import ExpertDescription, RequestHeader, new_request_id
-from tests.experts import HIDDEN, LoraExpert, in_parallel, lora_backend
+from tests.experts import HIDDEN, LORA_KWARGS, LoraExpert, in_parallel, lora_backend
 
 KINDS = ("unix", "tls")
 
@@ -149,7 +149,16 @@ def test_calls_of_all_sizes_at_once_are_exact(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_with_globals_and_lossy_codecs(kind: str) -> None:
-    with lora_host() as host:
+    compressed = BatchTensorProto(None, HIDDEN, compression=Compression.FLOAT16)
+    backend = ExpertBackend(
+        "lora.0",
+        LoraExpert(),
+        args_schema=(compressed,),
+        kwargs_schema=LORA_KWARGS,
+        optional_kwargs=tuple(LORA_KWARGS),
+        outputs_schema=compressed,
+    )
+    with Host({"lora.0": backend}) as host:
         x, a, b = torch.randn(300, 5, HIDDEN), torch.randn(HIDDEN, 3), torch.randn(3, HIDDEN)
         grad = torch.randn(300, 5, HIDDEN)
         header = RequestHeader(present=("lora_a", "lora_b"), wants_grad=(True, True, True), request_id=new_request_id())
