@@ -162,7 +162,7 @@ async def _maybe_in_thread(work: bool, func: Callable[..., T], *args: object) ->
 def _as_error(error: BaseException, what: str) -> MoEError:
     """What the other side is told, whatever was raised."""
     if isinstance(error, MoEError):
-        return error
+        return error.with_traceback(None)  # which would hold the frames that hold the error, and tensors, in a cycle
     if isinstance(error, MemoryError):
         return Overloaded(f"{what}: not enough memory")
     logger.error("%s", what, exc_info=error)
@@ -547,12 +547,12 @@ class _ServerLink:
             raise
         except BaseException as e:  # whatever a module has raised, or returned, there is an answer
             outcome = _as_error(e, "the request cannot be answered")
-        serving.task = None
         serving.unanswered.acquire(blocking=False)
         self._say(call, serving, outcome, encoded)
 
     def _served(self, call: int, serving: _Serving, task: asyncio.Task[None]) -> None:
         """The coroutine has ended; one that was cancelled, maybe before it began, has not answered."""
+        serving.task = None
         if task.cancelled() or task.exception() is not None:
             self._done(call, serving)
 
@@ -582,9 +582,7 @@ class _ServerLink:
                 header = encode_header(outcome.header or ReplyHeader())
                 self.link.send(call, Opening("", "", header, tuple(map(TensorHead.of, encoded))), encoded, left)
                 return
-            except PeerGone as e:
-                outcome = e
-            except BaseException as e:  # too large a header, for example
+            except BaseException as e:  # too large a header, for example; or the link is lost
                 outcome = _as_error(e, "the answer cannot be sent")
         if not self._refuse(call, outcome, left):
             self._soon(left)
