@@ -18,10 +18,10 @@ from moe.config import HandlerConfig
 from moe.errors import (
     CallTimeout,
     ConnectError,
+    ExpertFailed,
     ExpertNotFound,
     MoEError,
     PeerGone,
-    ProtocolError,
     RemoteSchemaError,
 )
 from moe.schema import BatchTensorProto, Compression
@@ -36,7 +36,7 @@ from moe.transport.memory import MemoryPeer
 from moe.transport.tickets import Ticket
 from moe.wire.frames import DATA, HEADER, HELLO, OPEN, encode_frame
 from moe.wire.messages import ExpertDescription, RequestHeader, new_request_id
-from tests.experts import HIDDEN, LoraExpert, in_parallel, lora_backend
+from tests.experts import HIDDEN, LORA_KWARGS, LoraExpert, in_parallel, lora_backend
 
 KINDS = ("unix", "tls")
 
@@ -157,7 +157,16 @@ def test_calls_of_all_sizes_at_once_are_exact(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_with_globals_and_lossy_codecs(kind: str) -> None:
-    with lora_host() as host:
+    compressed = BatchTensorProto(None, HIDDEN, compression=Compression.FLOAT16)
+    backend = ExpertBackend(
+        "lora.0",
+        LoraExpert(),
+        args_schema=(compressed,),
+        kwargs_schema=LORA_KWARGS,
+        optional_kwargs=tuple(LORA_KWARGS),
+        outputs_schema=compressed,
+    )
+    with Host({"lora.0": backend}) as host:
         x, a, b = torch.randn(300, 5, HIDDEN), torch.randn(HIDDEN, 3), torch.randn(3, HIDDEN)
         grad = torch.randn(300, 5, HIDDEN)
         header = RequestHeader(present=("lora_a", "lora_b"), wants_grad=(True, True, True), request_id=new_request_id())
@@ -337,7 +346,7 @@ def test_an_answer_that_cannot_be_sent_is_an_error_and_not_silence() -> None:
     schemas: dict[str, Any] = {"args_schema": (BatchTensorProto(HIDDEN),), "outputs_schema": BatchTensorProto(HIDDEN)}
     with Host({"odd.0": ExpertBackend("odd.0", Odd(), **schemas)}) as host, host.link("unix") as client:
         for rows in (1, 1, 4000):
-            with pytest.raises(ProtocolError, match="cannot be sent: "):
+            with pytest.raises(ExpertFailed, match="cannot be sent: "):
                 client.call_blocking(forward_call(torch.ones(rows, HIDDEN), uid="odd.0"), 10.0)
         host.await_release()
 
