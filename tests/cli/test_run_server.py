@@ -323,7 +323,7 @@ def test_arguments_are_those_of_server_create() -> None:
     stock = inspect.signature(StockServer.create).parameters
     dht = {"host_maddrs", "announce_maddrs", "use_relay", "use_auto_relay", "identity_path"}
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s", "held_max_bytes"}
-    ours |= {"direct", "direct_port", "direct_hosts"}
+    ours |= {"direct", "direct_port", "direct_hosts", "stop_timeout_s"}
     ours |= {"block_indices", "block_prefix", "model_path", "total_blocks"}
     ours |= {"num_blocks", "balance_quality", "balance_period_s", "throughput"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
@@ -417,6 +417,8 @@ class FakeServer:
         self.failure = failure
         self.shutdown_error = shutdown_error
         self.shutdowns = 0
+        self.is_saving = False
+        self.lost: dict[str, int] = {}
         self.ended = threading.Event()
         if failure is not None:
             self.ended.set()
@@ -546,12 +548,14 @@ from moe.cli.stopping import StopSignals, leave
 
 class Server:
     dht = failure = None
+    is_saving, lost = False, {lost}
     def wait(self, timeout):
         time.sleep(timeout)
         return False
     def shutdown(self):
         print("child alive", child.is_alive(), flush=True)
         {shutdown}
+        self.is_saving = False
     def join(self, timeout=None):
         pass
 
@@ -573,8 +577,8 @@ def launch(tmp_path: Path) -> Iterator[Any]:
     started: list[subprocess.Popen[str]] = []
     children: list[psutil.Process] = []
 
-    def launch(shutdown: str = "pass", within: float = 60.0) -> tuple[subprocess.Popen[str], int]:
-        code = PROGRAM.format(shutdown=shutdown, within=within)
+    def launch(shutdown: str = "pass", within: float = 60.0, lost: object = ()) -> tuple[subprocess.Popen[str], int]:
+        code = PROGRAM.format(shutdown=shutdown, within=within, lost=lost)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
