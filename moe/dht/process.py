@@ -212,7 +212,7 @@ class _BoundDHT(DHT):  # type: ignore[misc]
     """
 
     @staticmethod
-    def _Popen(process: Any) -> _Popen:  # noqa: N802 - multiprocessing's name
+    def _Popen(process: Any) -> _Popen:
         return _Popen(process)
 
     def start(self) -> None:

@@ -305,7 +305,7 @@ class Server:
         )
         announcer.start()
         self._hosting.announcer = self._announcer = announcer
-        self._undo.append(("announcements", lambda: announcer.stop(retract=not self._cut_off, timeout_s=3.0)))
+        self._undo.append(("announcements", lambda: announcer.stop(timeout_s=3.0)))
 
     def _announcement(self) -> ServerInfo:
         modules = (backend.module for backend in self.expert_backends.values())
