@@ -29,7 +29,7 @@ import torch
 
 from moe.config import check_positive
 from moe.errors import ConfigError, LifecycleError, MoEError, ProtocolError
-from moe.expert_uid import ExpertUID, is_valid_uid
+from moe.expert_uid import UID_DELIMITER, ExpertUID, is_valid_uid
 from moe.schema import Compression, ExpertSchema
 
 logger = logging.getLogger(__name__)
@@ -282,8 +282,13 @@ def find_checkpointed_uids(checkpoint_dir: str | os.PathLike[str]) -> list[Exper
 
     :raises ConfigError: no such directory
     """
-    folders = (child for child in _existing_directory(checkpoint_dir).iterdir() if is_valid_uid(child.name))
-    return sorted(folder.name for folder in folders if _candidates(folder))
+    found = []
+    for folder in _existing_directory(checkpoint_dir).iterdir():
+        if is_valid_uid(folder.name):
+            found += [folder.name] if _candidates(folder) else []
+        elif UID_DELIMITER in folder.name and _candidates(folder):  # a name that was one in an earlier version, perhaps
+            logger.warning("%s has checkpoints, but is not named by a uid: they are not loaded", folder)
+    return sorted(found)
 
 
 def _read_first(uid: ExpertUID, expert: Checkpointable, paths: list[Path]) -> tuple[Path, dict[str, Any]]:
@@ -519,11 +524,7 @@ class CheckpointSaver:
         with self._lock:
             for uid, expert in experts.items():
                 self._know(uid, expert)
-        try:
-            self._store(experts)
-        finally:
-            with self._lock:
-                self._forget_others()
+        self._store(experts)
 
     def _run(self) -> None:
         new = {uid: expert for uid, expert in self.experts.items() if not _candidates(self.checkpoint_dir / uid)}
@@ -532,9 +533,10 @@ class CheckpointSaver:
         while not self._stopping.wait(self.period_s):
             self._save(self._all(), self._stopping.is_set)
         if self._save_at_stop:
-            logger.info("saving %d experts", len(self._all()))
-            failed = self._save(self._all())
-            self._give_up({uid: self._unsaved_updates(uid, self._all()[uid]) for uid in failed}, str(self.last_error))
+            owed = self._all()
+            logger.info("saving %d experts", len(owed))
+            failed = self._save(owed)
+            self._give_up({uid: self._unsaved_updates(uid, owed[uid]) for uid in failed}, str(self.last_error))
 
     def _all(self) -> dict[ExpertUID, Checkpointable]:
         return {**self._leaving, **self._experts}
@@ -550,7 +552,8 @@ class CheckpointSaver:
             del self._saved[uid]
 
     def _unsaved_updates(self, uid: ExpertUID, expert: Checkpointable) -> int:
-        return abs(_updates_of(expert) - self._saved[uid].updates)  # one that was set back has something to save, too
+        saved = self._saved.get(uid)
+        return 0 if saved is None else abs(_updates_of(expert) - saved.updates)  # also of one that was set back
 
     def _give_up(self, lost: dict[ExpertUID, int], reason: str) -> None:
         self.lost = lost
@@ -600,7 +603,11 @@ class CheckpointSaver:
         with self._lock:
             known = (uid for uid in experts if uid in self._saved)  # others have left, and are saved
             ordered = {uid: experts[uid] for uid in sorted(known, key=urgency)}
-        store_experts(ordered, self.checkpoint_dir, self.keep_last, interrupted=interrupted, stored=note)
+        try:
+            store_experts(ordered, self.checkpoint_dir, self.keep_last, interrupted=interrupted, stored=note)
+        finally:
+            with self._lock:
+                self._forget_others()
 
 
 class _Saved(NamedTuple):

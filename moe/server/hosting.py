@@ -146,7 +146,8 @@ class Hosting:
                     )
             self._await_quiet(leaving, quiet_s, time.monotonic() + timeout_s)
             self._in_loop(lambda: self.handler.drop(leaving))
-            limit_s = self.handler.config.request_timeout_s + 1.0  # by then the last request has had its answer
+            # by then the last request has had its answer, or is told to go elsewhere
+            limit_s = min(self.handler.config.request_timeout_s + 1.0, self.config.drain_timeout_s)
             self._await_quiet(leaving, 0.0, time.monotonic() + limit_s)
         finally:
             self._drop(leaving)

@@ -12,6 +12,7 @@ import gc
 import inspect
 import logging
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -43,6 +44,11 @@ logger = logging.getLogger(__name__)
 _Create = TypeVar("_Create", bound=Callable[..., Any])
 
 RELAYED = "p2p-circuit"  # in the address of a peer that is reached through another one
+_FAMILIES = {
+    **dict.fromkeys(("ip4", "dns4"), socket.AF_INET),
+    **dict.fromkeys(("ip6", "dns6"), socket.AF_INET6),
+    **dict.fromkeys(("dns", "dnsaddr"), socket.AF_UNSPEC),
+}
 _DEFAULT_HOST_MADDRS = ("/ip4/127.0.0.1/tcp/0",)  # hivemind's
 _WATCH_PERIOD_S = 0.25  # how often a running server looks after its parts
 
@@ -173,6 +179,7 @@ class Server:
             return cls(parts.dht, parts.backends, start=start, **parts.server_options)
         except BaseException:
             stop_dht(parts.dht)
+            gc.unfreeze()  # see assembly
             raise
 
     @property
@@ -278,8 +285,9 @@ class Server:
         self._hosting.loop = loop
         issue_ticket = None
         if self.config.direct:
-            hosts = self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))
-            direct = DirectServer(self.handler, self.config.direct_port, hosts, _listen_hosts(self.dht))
+            listening = listen_hosts(self.dht)
+            hosts = (self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))) if listening else ()
+            direct = DirectServer(self.handler, self.config.direct_port, hosts, listening)
             self._undo.append(("the direct link", lambda: loop.run(direct.stop(), self.config.shutdown_timeout_s)))
             loop.run(direct.start(), self.config.start_timeout_s)
             issue_ticket = direct.ticket
@@ -522,11 +530,31 @@ class Server:
                 logger.warning("could not stop %s cleanly: %r", name, e)
 
 
-def _listen_hosts(dht: DHT) -> tuple[str, ...]:
-    """The interfaces at which the libp2p daemon of a DHT listens: the direct link listens there, too."""
+def listen_hosts(dht: DHT) -> tuple[str, ...]:
+    """Addresses of this machine at which the libp2p daemon of a DHT listens, as numbers: the direct link listens there, too."""
     if dht.kwargs.get("no_listen") or dht.kwargs.get("client_mode"):
         return ()
-    return _hosts_of([str(address) for address in dht.kwargs.get("host_maddrs") or _DEFAULT_HOST_MADDRS])
+    found: dict[str, None] = {}
+    for maddr in map(str, dht.kwargs.get("host_maddrs") or _DEFAULT_HOST_MADDRS):
+        _, protocol, host, *rest = *maddr.split("/"), "", "", ""
+        if protocol == "ip6zone" and rest[0] == "ip6":
+            protocol, host = "ip6", f"{rest[1]}%{host}"
+        if protocol in _FAMILIES:
+            found |= dict.fromkeys(_addresses_of(host, _FAMILIES[protocol]))
+    return tuple(found)
+
+
+def _addresses_of(host: str, family: socket.AddressFamily) -> list[str]:
+    """Where this machine can listen under a name or an address; like the daemon, we do without those where it cannot."""
+    found = []
+    try:
+        for kind, _, _, _, address in socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM):
+            with socket.socket(kind, socket.SOCK_STREAM) as probe:
+                probe.bind(address)
+            found.append(host if "%" in host else str(address[0]))
+    except OSError as e:
+        logger.warning("no direct link at %s: %s", host, e)
+    return found
 
 
 def _hosts_of(multiaddrs: Sequence[str]) -> tuple[str, ...]:

@@ -111,6 +111,7 @@ def test_has_every_flag_of_hivemind_with_its_default() -> None:
         (["--checkpoint_dir", "checkpoints"], "checkpoint_dir", Path("checkpoints")),
         (["--checkpoint_dir", ".", "--checkpoint_period", "5"], "checkpoint_period", 5.0),
         (["--checkpoint_dir", ".", "--keep_checkpoints", "2"], "keep_checkpoints", 2),
+        (["--checkpoint_dir", ".", "--stop_timeout", "900"], "stop_timeout", 900.0),
         (["--stats_report_interval", "10"], "stats_report_interval", 10.0),
         (["--identity_path", "new.id"], "identity_path", "new.id"),
         (["--detect_anomalies"], "detect_anomalies", True),
@@ -284,6 +285,7 @@ def test_bad_config_files_are_refused(config: str, tmp_path: Path, capsys: pytes
         (["--balance_quality", "0.5"], "balance_quality has no effect without num_blocks"),
         (["--balance_period", "5"], "balance_period has no effect without num_blocks"),
         (["--keep_checkpoints", "5"], "keep_checkpoints has no effect without checkpoint_dir"),
+        (["--stop_timeout", "5"], "stop_timeout has no effect without checkpoint_dir"),
     ],
 )
 def test_warns_of_what_has_no_effect(argv: list[str], warning: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -482,6 +484,18 @@ def test_a_failed_server_ends_the_process(signals: StopSignals, caplog: pytest.L
     assert "the server failed: the Runtime has died" in caplog.text
 
 
+def test_one_that_fails_as_all_its_processes_are_told_to_stop_was_told_to_stop(signals: StopSignals) -> None:
+    class Failing(FakeServer):
+        def shutdown(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().shutdown()
+
+    server = Failing(failure=LifecycleError("the libp2p daemon has died"))
+    assert run(parse(), signals, server) == 0
+    server.lost = {"ffn.0": 1}
+    assert run(parse(), signals, server) == 1
+
+
 def test_a_server_that_stops_by_itself(signals: StopSignals) -> None:
     server = FakeServer()
     server.ended.set()
@@ -646,6 +660,40 @@ def test_a_shutdown_that_hangs_is_ended(launch: Any) -> None:
     assert process.returncode == 1
     assert "still not stopped after 0.5 s" in errors
     assert ends(child)
+
+
+def test_the_clock_stands_still_while_something_is_saved(launch: Any) -> None:
+    process, _ = launch(shutdown="self.is_saving = True; time.sleep(2)", within=0.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+
+
+def test_after_saving_the_clock_goes_on(launch: Any) -> None:
+    saving = "self.is_saving = True; time.sleep(1); self.is_saving = False; time.sleep(600)"
+    process, child = launch(shutdown=saving, within=0.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "still not stopped after 0.5 s" in errors
+    assert ends(child)
+
+
+def test_what_is_lost_is_in_the_exit_code(launch: Any) -> None:
+    process, _ = launch(lost={"ffn.0": 3})
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+
+
+def test_copies_of_a_signal_are_one_order(launch: Any) -> None:
+    """As ``timeout`` sends them: to the process, and to its group."""
+    process, _ = launch(shutdown="time.sleep(0.3)")
+    for _ in range(20):
+        process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
 
 
 def test_children_can_be_terminated(launch: Any) -> None:
