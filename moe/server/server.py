@@ -142,6 +142,8 @@ class Server:
         self._lifecycle = threading.Lock()
         self._undo: list[tuple[str, Callable[[], object]]] = []  # how to stop what was started, in order of the start
         self._watcher: threading.Thread | None = None
+        self.loop: EventLoopThread | None = None
+        self.direct: DirectServer | None = None
         self._libp2p: LibP2PServer | None = None
         self._cut_off = False  # the DHT process or its libp2p daemon has died: nobody can be told anything any more
         self._started_at = 0.0
@@ -262,11 +264,11 @@ class Server:
         daemon_maddr = resolve_p2p(self.dht, self.config.start_timeout_s)
         loop = EventLoopThread("moe-server-loop")
         self._undo.append(("the network thread", loop.stop))
-        self._hosting.loop = loop
+        self.loop = self._hosting.loop = loop
         issue_ticket = None
         if self.config.direct:
             hosts = self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))
-            direct = DirectServer(self.handler, self.config.direct_port, hosts)
+            self.direct = direct = DirectServer(self.handler, self.config.direct_port, hosts)
             self._undo.append(("the direct link", lambda: loop.run(direct.stop(), self.config.shutdown_timeout_s)))
             loop.run(direct.start(), self.config.start_timeout_s)
             issue_ticket = direct.ticket
