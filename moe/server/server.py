@@ -29,6 +29,7 @@ from moe.server.checkpoints import CheckpointSaver
 from moe.server.connection_handler import Authorizer, ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.server.hosting import Hosting
+from moe.server.idle import LEFT_AT_THE_END, find_busy
 from moe.server.rebalancing import DHTSwarm, Rebalancer, blocks_of
 from moe.server.runtime import BatchHook, Runtime
 from moe.server.stats import ExpertStatistics, ServerStatistics, served_rates
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 _Create = TypeVar("_Create", bound=Callable[..., Any])
 
 RELAYED = "p2p-circuit"  # in the address of a peer that is reached through another one
+_SETTLED_WITHIN_S = 0.5  # for what is ending when all parts were stopped
 _WATCH_PERIOD_S = 0.25  # how often a running server looks after its parts
 
 
@@ -144,7 +146,7 @@ class Server:
         self._watcher: threading.Thread | None = None
         self.loop: EventLoopThread | None = None
         self.direct: DirectServer | None = None
-        self._libp2p: LibP2PServer | None = None
+        self.libp2p: LibP2PServer | None = None
         self._cut_off = False  # the DHT process or its libp2p daemon has died: nobody can be told anything any more
         self._started_at = 0.0
         self._throughput, self._num_blocks = throughput, len(backends) if blocks is not None else 1
@@ -272,7 +274,7 @@ class Server:
             self._undo.append(("the direct link", lambda: loop.run(direct.stop(), self.config.shutdown_timeout_s)))
             loop.run(direct.start(), self.config.start_timeout_s)
             issue_ticket = direct.ticket
-        self._libp2p = transport = LibP2PServer(str(daemon_maddr), self.handler, issue_ticket)
+        self.libp2p = transport = LibP2PServer(str(daemon_maddr), self.handler, issue_ticket)
         self._undo.append(("the network", lambda: loop.run(transport.stop(), self.config.shutdown_timeout_s)))
         loop.run(transport.start(), self.config.start_timeout_s)
 
@@ -401,7 +403,7 @@ class Server:
         limit_s = self.config.stuck_after_s
         if limit_s is not None and self.runtime.busy_s() > limit_s:
             return LifecycleError(f"a batch has been running for {self.runtime.busy_s():.0f} s: the Runtime is stuck")
-        self._cut_off = not self.dht.is_alive() or (self._libp2p is not None and not self._libp2p.is_connected)
+        self._cut_off = not self.dht.is_alive() or (self.libp2p is not None and not self.libp2p.is_connected)
         if self._cut_off:
             return LifecycleError("the DHT process or its libp2p daemon has died")
         return None
@@ -428,6 +430,8 @@ class Server:
                 pool.close(Unavailable(str(self.failure)))
         self.ready.clear()
         self._stop_parts()
+        if not self.runtime.is_alive() and (left := find_busy(self, _SETTLED_WITHIN_S)):
+            logger.error("%s%s", LEFT_AT_THE_END, "; ".join(left))
         self._stopped.set()
 
     # --- stop ----------------------------------------------------------------------------------------------------------------

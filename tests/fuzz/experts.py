@@ -67,6 +67,8 @@ def make_backends() -> dict[str, ExpertBackend]:
         ExpertBackend(
             "ffn.0", ffn, torch.optim.Adam(ffn.parameters(), lr=1e-4), args_schema=(BatchTensorProto(FFN_WIDTH),)
         ),
-        ExpertBackend("nap.0", nap, torch.optim.SGD(nap.parameters(), lr=0.0), outputs_schema=BatchTensorProto(8), **flat),
+        ExpertBackend(
+            "nap.0", nap, torch.optim.SGD(nap.parameters(), lr=0.0), outputs_schema=BatchTensorProto(8), **flat
+        ),
     )
     return {backend.name: backend for backend in backends}

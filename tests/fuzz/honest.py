@@ -72,8 +72,14 @@ class _Client:
         self._local = local
         self._slots = [_Slot(number) for number in slots]
         self._kinds: list[Callable[[], str | None]] = [
-            self._nop, self._nop, self._wide, self._mixer, self._adapted, self._slot, self._slot, self._slot, self._ffn, self._nap,
-        ]  # fmt: skip
+            *[self._nop] * 2,
+            self._wide,
+            self._mixer,
+            self._adapted,
+            *[self._slot] * 3,
+            self._ffn,
+            self._nap,
+        ]
 
     def call_once(self) -> None:
         """One random call; notes what came of it."""
@@ -124,9 +130,7 @@ class _Client:
         """Outputs and gradients of an expert that nobody trains, with those of the same module here."""
         results: list[list[tuple[str, torch.Tensor | None]]] = []
         for module in (self._experts[uid], self._local[uid]):
-            own = {
-                name: t.clone().requires_grad_(t.is_floating_point()) for name, t in {"x": x, **kwargs}.items()
-            }
+            own = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in {"x": x, **kwargs}.items()}
             y = module(own["x"], **{name: t for name, t in own.items() if name != "x"})
             outputs = list(y) if isinstance(y, tuple) else [y]
             (outputs[0] * torch.linspace(-1, 1, outputs[0].numel()).reshape(outputs[0].shape)).sum().backward()

@@ -1,4 +1,4 @@
-"""Hostile clients over libp2p: streams written by hand, and unary messages of any bytes, in a process that dies when it likes."""
+"""Hostile clients over libp2p: streams by hand, unary messages of any bytes, in a process that dies when it likes."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def unary(request: Request) -> bytes:
     """A request as one protobuf message."""
     tensors = [declared(one, bytes(one.size_bytes)) for one in request.heads]
     metadata = b"" if request.header is None else encode_header(request.header)
-    message: bytes = runtime_pb2.ExpertRequest(
-        uid=request.uid, tensors=tensors, metadata=metadata
-    ).SerializeToString()
+    message: bytes = runtime_pb2.ExpertRequest(uid=request.uid, tensors=tensors, metadata=metadata).SerializeToString()
     return message
 
 
@@ -118,6 +116,11 @@ class Attacker:
         for _, writer in self._streams:
             if self.rng.random() < 0.3:
                 writer.transport.abort()
+        self.close()
+
+    def close(self) -> None:
+        """Close all streams."""
+        for _, writer in self._streams:
             writer.close()
         self._streams.clear()
 
@@ -213,7 +216,9 @@ async def garbage(attacker: Attacker) -> None:
     )
     await attacker.write(ends, data)
     await attacker.drain(ends, 0.1)
-    await attacker.ask(rng.choice((RPC_FORWARD, RPC_BACKWARD, RPC_INFO, RPC_TICKET)), rng.randbytes(rng.randint(0, 300)))
+    await attacker.ask(
+        rng.choice((RPC_FORWARD, RPC_BACKWARD, RPC_INFO, RPC_TICKET)), rng.randbytes(rng.randint(0, 300))
+    )
 
 
 @behaviour

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import select
@@ -16,7 +17,18 @@ from moe.errors import MoEError
 from moe.transport.direct import dial
 from moe.transport.link import LinkSocket
 from moe.transport.tickets import Ticket
-from moe.wire.frames import CANCEL, DATA, HEADER, HELLO, OPEN, WELCOME, Opening, TensorHead, encode_frame, encode_opening
+from moe.wire.frames import (
+    CANCEL,
+    DATA,
+    HEADER,
+    HELLO,
+    OPEN,
+    WELCOME,
+    Opening,
+    TensorHead,
+    encode_frame,
+    encode_opening,
+)
 from moe.wire.messages import BlockInputs, RequestHeader, encode_header
 from tests.fuzz.experts import FFN_WIDTH, HOSTILE_SLOTS, NOP_WIDTH, SLOTS, SMALL_WIDTH
 
@@ -170,15 +182,18 @@ class Attacker:
         if chance < 0.15:
             os.kill(os.getpid(), signal.SIGKILL)
         for sock in self._sockets:
-            try:
+            with contextlib.suppress(OSError):
                 if chance < 0.5 and sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 elif chance < 0.6:
                     sock.shutdown(socket.SHUT_WR)
                 elif chance < 0.7:
                     sock.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass
+        self.close()
+
+    def close(self) -> None:
+        """End all connections."""
+        for sock in self._sockets:
             sock.close()
         self._sockets.clear()
 
@@ -244,7 +259,7 @@ def flood_refused(attacker: Attacker) -> None:
     """Requests that are refused, with tensors announced that are never sent, or that are."""
     sock, rng = attacker.link(), attacker.rng
     for call in range(1, 3000):
-        heads = [head(2**rng.randint(0, 12), NOP_WIDTH)]
+        heads = [head(2 ** rng.randint(0, 12), NOP_WIDTH)]
         request = Request("forward", rng.choice(("no.such", "nop.0 nop.0", "ffn.0", "")), RequestHeader(), heads)
         sent = attacker.send(sock, request.opening(call))
         if rng.random() < 0.02:
@@ -377,8 +392,9 @@ def impossible_shapes(attacker: Attacker) -> None:
     sock, rng = attacker.link(), attacker.rng
     for call in range(1, 60):
         long = rng.choice((2**20, 2**31, 2**40, 2**61))
+        mixed = [head(0, long, 8), head(0, dtype="int64"), head(0, long, dtype="bool")]
         requests = [
-            Request("forward", "mixer.0", RequestHeader(), [head(0, long, 8), head(0, dtype="int64"), head(0, long, dtype="bool")]),
+            Request("forward", "mixer.0", RequestHeader(), mixed),
             Request("forward", "mixer.0", RequestHeader(), [head(0, long, long, size=0)]),
             Request("forward", "nop.0", RequestHeader(), [head(long, NOP_WIDTH, size=rng.choice((0, 1, 2**61)))]),
             Request("forward", "nop.0", RequestHeader(), [head(*[1] * rng.randint(3, 64), dtype=rng.choice(list(ITEM_BYTES)))]),
@@ -472,7 +488,10 @@ def evict(attacker: Attacker) -> None:
     sock, rng = attacker.link(), attacker.rng
     for call in range(1, 1500):
         request = Request(
-            "backward", "slots.0", RequestHeader(request_id=rng.randbytes(16), wants_grad=(False,)), [head(0, SLOTS)] * 2
+            "backward",
+            "slots.0",
+            RequestHeader(request_id=rng.randbytes(16), wants_grad=(False,)),
+            [head(0, SLOTS)] * 2,
         )
         if not attacker.send(sock, request.opening(call)):
             return

@@ -16,7 +16,7 @@ TRANSPORTS = ("libp2p", "unix")
 
 
 class _Peers:
-    """The hostile clients' daemon, made with the first of them. (Whose process is killed, its streams end; the daemon stays.)"""
+    """The hostile clients' daemon, made with the first of them. (It stays when their processes are killed.)"""
 
     def __init__(self) -> None:
         self._dht: Any = None

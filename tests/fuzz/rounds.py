@@ -186,4 +186,6 @@ def main(make: Callable[[int, Sequence[str]], Any], names: Sequence[str]) -> Non
             report(f"FAILED after {fuzzer.rounds} rounds: {e}")
             sys.exit(1)
         finally:
-            report(f"{fuzzer.rounds} rounds: {dict(fuzzer.total.answered)} answered, {dict(fuzzer.total.failed)} failed")
+            report(
+                f"{fuzzer.rounds} rounds: {dict(fuzzer.total.answered)} answered, {dict(fuzzer.total.failed)} failed"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import os
@@ -10,7 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch
 
 from moe.config import HandlerConfig, ServerConfig
 from moe.dht import PeerID, start_dht
+from moe.server.idle import find_busy
 from moe.server.server import Server
-from moe.testing.idle import find_busy
+from moe.server.task_pool import Task, TaskPool
 from moe.transport.tickets import Ticket
 from tests.fuzz.experts import make_backends
 from tests.swarm.tools import LOOPBACK, Child, peers_of
@@ -90,12 +92,33 @@ def give_back_free_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+class _Gate:
+    """Holds the Runtime before its next batch, as a device does that is busy."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._open.set()
+
+    def __call__(self, pool: TaskPool, batch: list[Task]) -> None:
+        self._open.wait(30.0)
+
+    def set(self, is_open: bool) -> None:
+        (self._open.set if is_open else self._open.clear)()
+
+
 def serve(pipe: Connection, limits: dict[str, Any]) -> None:
     """A server that tells what is asked through the pipe, until that is closed."""
     torch.set_num_threads(1)
     dht = start_dht(**LOOPBACK)
-    config = ServerConfig(update_period_s=60.0)
-    server = Server(dht, make_backends(), start=True, handler_config=HandlerConfig(**limits), config=config)
+    gate = _Gate()
+    server = Server(
+        dht,
+        make_backends(),
+        start=True,
+        handler_config=HandlerConfig(**limits),
+        config=ServerConfig(update_period_s=60.0),
+        on_batch=gate,
+    )
     loop, watch = server.loop, _Watch()
     assert loop is not None and server.direct is not None
     watching = loop.submit(watch.run())
@@ -123,6 +146,7 @@ def serve(pipe: Connection, limits: dict[str, Any]) -> None:
         "tickets": lambda peer, count: loop.run(tickets(peer, count), 10.0),
         "inside": inside,
         "begin_peak": begin_peak,
+        "computes": gate.set,
         "healthy": lambda: (server.is_healthy(), repr(server.failure)),
     }
     try:
@@ -133,6 +157,7 @@ def serve(pipe: Connection, limits: dict[str, Any]) -> None:
     except EOFError:
         pass
     finally:
+        gate.set(True)
         watching.cancel()
         server.shutdown()
 
@@ -163,6 +188,15 @@ class FuzzedServer(Child):
         """For direct links of a peer of this name."""
         tickets: list[Ticket] = self.ask("tickets", peer, count)
         return tickets
+
+    @contextlib.contextmanager
+    def computing_nothing(self) -> Iterator[None]:
+        """Inside the ``with`` its device is busy: requests wait."""
+        self.ask("computes", False)
+        try:
+            yield
+        finally:
+            self.ask("computes", True)
 
     def inside(self) -> Inside:
         """What it has now."""
