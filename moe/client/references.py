@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from moe.wire.messages import MAX_HEADER_BYTES, MAX_HELD, MIN_HELD_BYTES, encode
 
 KEEP_FROM_BYTES = 2**20  # inputs that are smaller, together, are sent again as fast over a Unix socket; decision 0009
 _DIGEST_IN_THREAD_BYTES = 2**20  # more is digested off the event loop; ours, about 1 ms
-_LOOK_IN_THREAD_BYTES = 2**22  # likewise, for looks, which are quicker
+_LOOK_IN_THREAD_BYTES = 2**22  # likewise, for looks, which are quicker; both of all tensors of a request together
 _ONE_UPLOAD_BYTES = 2**20  # a larger tensor is sent by one request while others that need it wait; ours
 _MAX_WAIT_S = 5.0  # they wait no longer than this
 _ONE_EPISODE_S = 1.0  # misses within this time have one cause, such as a server that was started again
@@ -139,11 +140,11 @@ class Referring:
     """
 
     def __init__(self, transport: ExpertTransport):
-        self._transport = weakref.ref(transport)
+        self._transport, self._pid = weakref.ref(transport), os.getpid()
         self.digests, self.sent = Digests(), SentTensors()
         self._globals, self._inputs = Pauses(), Pauses()
         self._uploads: dict[tuple[str, Hashable], asyncio.Future[None]] = {}
-        self._computing: dict[Hashable, asyncio.Future[bytes]] = {}
+        self._computing: dict[bytes, asyncio.Future[bytes]] = {}
 
     def __repr__(self) -> str:
         return f"Referring({self.digests!r}, {len(self.sent)} sent)"
@@ -152,7 +153,7 @@ class Referring:
     def over(cls, transport: ExpertTransport) -> Referring:
         """The one of this transport: a server knows its tensors by the peer that has sent them."""
         referring = _of_transports.get(transport)
-        if referring is None:
+        if referring is None or referring._pid != os.getpid():  # else with locks and futures of the parent's threads
             referring = _of_transports[transport] = cls(transport)
         return referring
 
@@ -250,9 +251,15 @@ class Referring:
             if not under_way or left_s <= 0:
                 break
             await asyncio.wait(under_way, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        for i, content in contents.items():
-            if content.digest is None and (not content.changed or self.sent.has(peer, content.mark)):
-                contents[i] = content._replace(digest=await self._digest(call, i, content.mark))
+        unknown = [
+            i
+            for i, content in contents.items()
+            if content.digest is None and (not content.changed or self.sent.has(peer, content.mark))
+        ]
+        in_thread = sum(call.tensors[i].nbytes for i in unknown) > _DIGEST_IN_THREAD_BYTES
+        for i in unknown:
+            digest = await self._digest(call, i, contents[i].mark, in_thread)
+            contents[i] = contents[i]._replace(digest=digest)
         return contents
 
     async def _look(self, call: Call, positions: Sequence[int]) -> dict[int, Contents]:
@@ -263,10 +270,10 @@ class Referring:
             return look()
         return await asyncio.get_running_loop().run_in_executor(None, look)
 
-    async def _digest(self, call: Call, position: int, mark: Hashable) -> bytes:
+    async def _digest(self, call: Call, position: int, mark: bytes, in_thread: bool) -> bytes:
         """Computed once, however many requests ask for it at the same time."""
         tensor, codec = call.tensors[position], call.codecs[position]
-        if tensor.nbytes <= _DIGEST_IN_THREAD_BYTES:
+        if not in_thread:
             return self.digests.compute(tensor, codec, mark)
         computing = self._computing.get(mark)
         if computing is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import math
 import time
 import weakref
@@ -32,6 +31,7 @@ from moe.errors import (
 )
 from moe.expert_uid import split_chain
 from moe.schema import DIGEST_BYTES, DTYPE_NAMES, DTYPES, Compression, count_rows, digest
+from moe.server.authorization import Authorization, Authorizer
 from moe.server.chains import all_of, backward_chain, forward_chain
 from moe.server.execution import as_expert_failure
 from moe.server.expert_backend import ExpertBackend
@@ -39,7 +39,7 @@ from moe.server.held_tensors import HeldTensor, HeldTensors
 from moe.server.kept_forwards import KeptForward
 from moe.server.once import OnceWindow
 from moe.server.task_pool import Task, TaskResult
-from moe.transport.base import BACKWARD, FORWARD, Reply
+from moe.transport.base import BACKWARD, FORWARD, INFO, TICKET, Reply
 from moe.transport.inflight import InflightBytes
 from moe.wire.messages import (
     HELD_TENSORS,
@@ -52,7 +52,6 @@ from moe.wire.messages import (
 from moe.wire.tensors import max_encoded_bytes
 
 T = TypeVar("T")
-Authorizer = Callable[..., bool]
 
 _TOO_LATE = "the caller's time was over before the expert was done"
 _HASH_IN_THREAD_BYTES = 2**20  # globals larger than this are digested off the event loop; ours, about 1 ms
@@ -70,8 +69,12 @@ class ConnectionHandler:
 
     :param backends: experts by uid; more may come and some go later: ``host``, ``drop``
     :param config: what is accepted
-    :param authorize: called with (peer id, method, uid), and, if it takes a fourth argument, what the caller's
-        ``request_metadata`` has told; False refuses the request before any of its tensors is read
+    :param authorize: called in the event loop, so it must be quick, with (peer id, method, uid), and, if it takes a fourth
+        argument, what the caller's ``request_metadata`` has told. The method is "forward" or "backward" (for each uid of a
+        request, before any of its tensors is read), "info" (what an expert takes and returns, which every client asks for
+        first), or "ticket" (a direct link; the uid is empty). With these two nothing is told. Anything but True refuses,
+        and so does an exception
+    :raises ConfigError: ``authorize`` is a coroutine function
     """
 
     def __init__(
@@ -81,8 +84,8 @@ class ConnectionHandler:
         *,
         authorize: Authorizer | None = None,
     ):
-        self.backends, self.config, self.authorize = dict(backends), config or HandlerConfig(), authorize
-        self._tell_metadata = authorize is not None and _takes(authorize, 4)
+        self.backends, self.config = dict(backends), config or HandlerConfig()
+        self._authorization = Authorization(authorize)
         self.inflight = InflightBytes(self.config.max_inflight_bytes, self.config.max_inflight_bytes_per_peer)
         self.requests = 0
         self._opened: Counter[str] = Counter()  # requests by uid, so far and now
@@ -106,29 +109,28 @@ class ConnectionHandler:
         """Longest silence while a request is being received."""
         return self.config.read_timeout_s
 
-    def _allows(self, peer: str, method: str, uid: str, header: RequestHeader | None) -> bool:
-        if self.authorize is None:
-            return True
-        told = (dict(header.metadata) if header is not None else {},) if self._tell_metadata else ()
-        return self.authorize(peer, method, uid, *told)
-
-    def describe(self, uid: str) -> ExpertDescription:
+    def describe(self, peer: str, uid: str) -> ExpertDescription:
         """See ExpertService."""
+        self._authorization.check(peer, INFO, uid)
         description = self._backend(uid).describe(self.config.max_request_bytes)
         if self.config.held_max_bytes == 0:
             features = tuple(feature for feature in description.features if feature != HELD_TENSORS)
             description = msgspec.structs.replace(description, features=features)
         return description
 
+    def allow_ticket(self, peer: str) -> None:
+        """See ExpertService."""
+        self._authorization.check(peer, TICKET, "")
+
     def open(self, peer: str, method: str, uid: str, header: RequestHeader | None) -> RequestAdmission:
         """See ExpertService."""
         if method not in (FORWARD, BACKWARD):
             raise Refused(f"unknown method {method!r}")
         uids = [uid] if header is None or header.chain is None else split_chain(uid)
+        told = header.metadata if header is not None else {}
+        for name in dict.fromkeys(uids):  # before they are looked up: who may not call learns nothing of what is here
+            self._authorization.check(peer, method, name, told)
         backends = [self._backend(name) for name in uids]
-        for name in dict.fromkeys(uids):
-            if not self._allows(peer, method, name, header):
-                raise Refused(f"this peer is not allowed to call {method}", uid=name)
         self.requests += 1
         admission = RequestAdmission(self, backends, peer, method, header, time.monotonic())
         for name in uids:
@@ -321,7 +323,7 @@ class RequestAdmission:
         self._handler.closed(self._uids)
         self._uids = ()
         if self._started is not None:
-            task, timer = self._started
+            (task, timer), self._started = self._started, None
             timer.cancel()
             if not task.future.done():
                 task.future.cancel()
@@ -343,11 +345,16 @@ class RequestAdmission:
             raise as_expert_failure(e) from None
         task.deadline, task.peer = self._deadline, self._peer
 
+        waiting = weakref.ref(
+            task
+        )  # a cycle through its future would hold its tensors until the next garbage collection
+
         def settle(future: Future[TaskResult]) -> None:
             if future.cancelled():  # withdrawn: nobody waits
                 return
             try:
-                self._count_times(task)
+                if (done := waiting()) is not None:
+                    self._count_times(done)
                 answer(self._outputs(all_of(future.result())))
             except Exception as e:
                 answer(as_expert_failure(e))
@@ -589,12 +596,3 @@ async def _maybe_in_thread(hashed_bytes: int, func: Callable[..., T], *args: Any
 def own_memory(tensors: Sequence[torch.Tensor | None]) -> TaskResult:
     """Copies of those that are rows of a batch and would keep the whole batch in memory; the others as they are."""
     return [t.clone() if t is not None and t.untyped_storage().nbytes() > t.nbytes else t for t in tensors]
-
-
-def _takes(function: Callable[..., object], count: int) -> bool:
-    """Can it be called with so many positional arguments? ``authorize`` took three before there was metadata."""
-    try:
-        inspect.signature(function).bind(*[None] * count)
-    except (TypeError, ValueError):  # too few of them; or one whose signature cannot be known
-        return False
-    return True

@@ -28,6 +28,7 @@ from torch import nn
 
 from moe.chains import Chain
 from moe.errors import ConfigError, ExpertFailed, NonFiniteError, SchemaError, TensorNotHeld
+from moe.expert_uid import UID_PATTERN, is_valid_uid
 from moe.schema import (
     DUMMY_BATCH_SIZE,
     BatchTensorProto,
@@ -98,6 +99,8 @@ class ExpertBackend:
         timeout: float | None = None,
         pool_size: int | None = None,
     ):
+        if not is_valid_uid(name):
+            raise ConfigError(f"{name!r} is not a valid expert uid; uids follow {UID_PATTERN.pattern}")
         if optimizer is None and scheduler is not None:
             raise ConfigError(f"{name}: a scheduler needs an optimizer")
         if accumulate_steps < 1:

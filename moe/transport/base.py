@@ -23,6 +23,7 @@ from moe.wire.messages import ExpertDescription, ReplyHeader, RequestHeader
 T = TypeVar("T")
 
 FORWARD, BACKWARD = "forward", "backward"
+INFO, TICKET = "info", "ticket"  # what a server may be asked for besides
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,18 @@ class ExpertService(Protocol):
         """Memory taken for peers. Transports count here what they hold of requests that are not admitted yet."""
         ...
 
-    def describe(self, uid: str) -> ExpertDescription:
-        """What an expert takes and returns.
+    def describe(self, peer: str, uid: str) -> ExpertDescription:
+        """What an expert takes and returns, for a peer that asks.
 
+        :raises Refused: this peer may not know
         :raises ExpertNotFound: no such expert
+        """
+        ...
+
+    def allow_ticket(self, peer: str) -> None:
+        """May the peer have a direct link? Asked before a ticket for one is issued.
+
+        :raises Refused: it may not
         """
         ...
 

@@ -35,6 +35,7 @@ from moe.errors import (
     TransportError,
     Unavailable,
     error_from_wire,
+    error_named,
 )
 from moe.expert_uid import MAX_UID_LENGTH, PeerIDLike
 from moe.schema import Compression
@@ -205,18 +206,12 @@ def _relayed_error(text: str, peer: str, uid: str | None = None) -> MoEError:
     matched = _HANDLER_ERROR.match(text)
     if matched is not None:
         name, message = matched[1], matched[2].strip("'\"")
-        for cls in _error_classes(MoEError):
-            if cls.__name__ == name:
-                return cls(message, peer=peer, uid=uid)
+        named = error_named(name, message, peer=peer, uid=uid)
+        if named is not None:
+            return named
         if name == "KeyError":  # stock hivemind, asked for an expert it does not have
             return error_from_wire("not_found", f"no expert {message}", peer=peer, uid=uid)
     return ExpertFailed(text, peer=peer, uid=uid)
-
-
-def _error_classes(cls: type[MoEError]) -> Iterable[type[MoEError]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _error_classes(child)
 
 
 # --- client ------------------------------------------------------------------------------------------------------------
@@ -475,11 +470,14 @@ class LibP2PServer:
                 del tasks[call_id]
 
     async def _info(self, request: Any, context: P2PContext) -> Any:
-        return ExpertInfo(serialized_info=encode_info(self._service.describe(request.uid)))
+        description = self._service.describe(context.remote_id.to_base58(), _checked_uid(request.uid))
+        return ExpertInfo(serialized_info=encode_info(description))
 
     async def _ticket(self, request: Any, context: P2PContext) -> Any:
         assert self._issue_ticket is not None
-        return ExpertResponse(metadata=encode_ticket(self._issue_ticket(context.remote_id.to_base58())))
+        peer = context.remote_id.to_base58()
+        self._service.allow_ticket(peer)
+        return ExpertResponse(metadata=encode_ticket(self._issue_ticket(peer)))
 
     # --- unary -------------------------------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ class MemoryTransport:
     async def info(self, peer: PeerIDLike, uid: str, *, timeout_s: float | None) -> ExpertDescription:
         """See ExpertTransport."""
         self.calls.append((peer.to_base58(), "info", uid))
-        return decode_info(encode_info(self._service(peer).describe(uid)))
+        return decode_info(encode_info(self._service(peer).describe(self.caller, uid)))
 
     async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
         """See ExpertTransport."""

@@ -341,12 +341,12 @@ def test_only_those_who_ask_have_their_tensors_held() -> None:
 
 def test_a_server_without_room_says_that_it_holds_nothing() -> None:
     with lora_server(HandlerConfig(held_max_bytes=0)) as server:
-        assert set(FEATURES) - set(server.handler.describe("lora.0").features) == {"held_tensors"}
+        assert set(FEATURES) - set(server.handler.describe("client", "lora.0").features) == {"held_tensors"}
         data, lora = x(32, 8), adapter()
         send(server, FORWARD, [data, *lora], lora_header(hold=(1, 2), keep=True, request_id=new_request_id()))
         assert server.handler.held_globals.bytes == server.handler.held_inputs.bytes == 0
     with lora_server() as server:
-        assert set(server.handler.describe("lora.0").features) == set(FEATURES)
+        assert set(server.handler.describe("client", "lora.0").features) == set(FEATURES)
 
 
 def test_what_is_held_is_bounded_by_the_settings() -> None:

@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from moe.config import HandlerConfig
-from moe.errors import CallTimeout, ConnectError, ExpertNotFound, MoEError, PeerGone, ProtocolError, SchemaError
+from moe.errors import (
+    CallTimeout,
+    ConnectError,
+    ExpertNotFound,
+    MoEError,
+    PeerGone,
+    ProtocolError,
+    RemoteSchemaError,
+)
 from moe.schema import BatchTensorProto, Compression
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
@@ -180,7 +188,7 @@ def test_a_refused_call_harms_no_other(kind: str) -> None:
             return await asyncio.gather(*(client.call(call, 30.0) for call in calls), return_exceptions=True)
 
         first, refused, unknown, last = host.run(work, kind)
-        assert isinstance(refused, SchemaError)
+        assert isinstance(refused, RemoteSchemaError)
         assert "args[0]" in str(refused)
         assert isinstance(unknown, ExpertNotFound)
         assert torch.equal(first.tensors[0], last.tensors[0])
@@ -277,7 +285,7 @@ def test_a_thread_whose_time_is_over_is_told_and_the_call_withdrawn(kind: str) -
 
 def test_a_refused_call_of_a_thread_harms_no_other() -> None:
     with lora_host() as host, host.link("unix") as client:
-        with pytest.raises(SchemaError, match=r"args\[0\]"):
+        with pytest.raises(RemoteSchemaError, match=r"args\[0\]"):
             client.call_blocking(forward_call(torch.randn(20_000, 5, HIDDEN + 1)), 30.0)
         with pytest.raises(ExpertNotFound):
             client.call_blocking(forward_call(torch.randn(1, 5, HIDDEN), uid="no.such"), 30.0)
@@ -459,7 +467,7 @@ class LibP2P:
         self.host, self._ticket, self.calls = host, ticket, 0
 
     async def info(self, peer: Any, uid: str, *, timeout_s: float | None) -> ExpertDescription:
-        return self.host.handler.describe(uid)
+        return self.host.handler.describe("client", uid)
 
     async def call(self, peer: Any, call: Call, *, timeout_s: float | None) -> Reply:
         self.calls += 1

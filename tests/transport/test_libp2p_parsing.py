@@ -22,6 +22,7 @@ from moe.errors import (
     Overloaded,
     PeerGone,
     ProtocolError,
+    RemoteSchemaError,
     SchemaError,
     TransportError,
     Unavailable,
@@ -95,7 +96,7 @@ def test_bytes_that_are_no_message_are_refused_before_memory_is_taken(data: byte
 
 def test_an_error_at_the_end_is_raised() -> None:
     end = frame(RPCError(message="SchemaError('args[0]: no')").SerializeToString(), marker=1)
-    with pytest.raises(SchemaError, match=r"args\[0\]: no"):
+    with pytest.raises(RemoteSchemaError, match=r"args\[0\]: no"):
         read(request("a") + end)
 
 
@@ -112,14 +113,14 @@ def test_any_bytes_are_messages_or_a_typed_error(data: bytes, must_end: bool) ->
 @pytest.mark.parametrize(
     "text, kind, message",
     [
-        ("SchemaError('args[0]: expected a, got b')", SchemaError, "args[0]: expected a, got b"),
+        ("SchemaError('args[0]: expected a, got b')", RemoteSchemaError, "args[0]: expected a, got b"),
         ('Overloaded("it\'s full")', Overloaded, "it's full"),
         ("Failed to call handler `x` at y: Overloaded('full')", Overloaded, "full"),
         ("KeyError('ffn.0')", ExpertNotFound, "no expert ffn.0"),
         ("RuntimeError('mat1 (2x3) and mat2')", ExpertFailed, "RuntimeError('mat1 (2x3) and mat2')"),
         ("something else", ExpertFailed, "something else"),
         ("", ExpertFailed, ""),
-        ("SchemaError('two\nlines')", SchemaError, "two\nlines"),
+        ("SchemaError('two\nlines')", RemoteSchemaError, "two lines"),
     ],
 )
 def test_errors_that_a_stock_handler_relays_as_text(text: str, kind: type[MoEError], message: str) -> None:
