@@ -23,7 +23,6 @@ VALID_UIDS = [
     "ffn.1.2.3",
     "some-name!.0",
     "ëxpert.7",
-
 ]
 INVALID_UIDS = [
     "e xpert.1.",

@@ -163,14 +163,11 @@ class Attacker:
     def drain(self, sock: LinkSocket, seconds: float) -> None:
         """Read what comes."""
         deadline = time.monotonic() + seconds
-        sock.settimeout(0.05)
         try:
-            while time.monotonic() < deadline:
-                try:
-                    if not sock.recv(2**18):
-                        return
-                except TimeoutError:
-                    pass
+            while (left_s := deadline - time.monotonic()) > 0:
+                sock.settimeout(left_s)
+                if not sock.recv(2**18):
+                    return
         except OSError:
             pass
         finally:
