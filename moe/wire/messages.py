@@ -92,7 +92,9 @@ class WireError(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
     @classmethod
     def from_exception(cls, error: MoEError) -> WireError:
         """The wire form of one of our errors."""
-        message = error.message[:MAX_ERROR_CHARS].encode("utf-8", "replace").decode()  # a module may say what is no text
+        message = (
+            error.message[:MAX_ERROR_CHARS].encode("utf-8", "replace").decode()
+        )  # a module may say what is no text
         return cls(code=error.code, message=message)
 
     def to_exception(self, *, peer: str | None, uid: str | None) -> MoEError:

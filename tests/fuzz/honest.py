@@ -87,8 +87,10 @@ class _Client:
         try:
             problem = kind()
         except MoEError as e:
-            self._report.failed[f"{self.transport} {type(e).__name__}"] += 1
-            return
+            if e.retryable:  # the server had too much to do, or hung up on somebody
+                self._report.failed[f"{self.transport} {type(e).__name__}"] += 1
+                return
+            problem = f"raised {e!r}"
         except Exception as e:
             problem = f"raised {e!r}"
         if problem:

@@ -92,7 +92,7 @@ class Fuzzer:
         clients = 0
         with self._hostile(seed, seconds) as processes:
             while (left := begin + seconds - time.monotonic()) > 0:
-                processes[:] = [process for process in processes if process.is_alive()]
+                _forget_dead(processes)
                 while len(processes) < HOSTILE_AT_ONCE:
                     processes.append(self._launch(self.server, rng, min(left, seconds * rng.random()), self._only))
                     clients += 1
@@ -119,6 +119,7 @@ class Fuzzer:
                 process.kill()
             for process in processes:
                 process.join(5)
+            _forget_dead(processes)
 
     def _check_honest(self, told: Report, again: str) -> None:
         for name, count in (*told.answered.items(), *told.failed.items()):
@@ -154,6 +155,12 @@ class Fuzzer:
     def _fail_if(problems: Sequence[str], again: str) -> None:
         if problems:
             raise Failed("\n  ".join([f"again with: {again}", *problems]))
+
+
+def _forget_dead(processes: list[Any]) -> None:
+    for process in [process for process in processes if not process.is_alive()]:
+        processes.remove(process)
+        process.close()
 
 
 def start(target: Callable[..., object], *args: Any) -> Any:
