@@ -260,6 +260,44 @@ def test_own_facts_after_some_and_after_all_experts_have_left():
     assert rec.find_heirs({"ffn.3.7", "ffn.3.8"}, found, ME) == {"ffn.3.7": OTHER}
 
 
+plain_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.sampled_from([ME, OTHER, "ffn.3.7", "runs", "parts"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(
+            st.sampled_from(["runs", "parts", "state", "pending_tasks"]) | st.text(max_size=3), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    values=st.lists(plain_values | st.tuples(plain_values, st.sampled_from([ME, OTHER])), min_size=12, max_size=12),
+    ends=st.floats(allow_nan=True),
+)
+def test_whatever_others_write_in_its_place_a_server_can_take_its_experts_back(values: list[Any], ends: float):
+    uids = ["ffn.3.7", "ffn.3.8", "one.5"]
+    stock = rec.stock_records(uids, ME)
+    places = [place for place in stock if place[1] is not None]
+    mine = {**stock, **rec.own_records(uids, ME, ServerInfo(version="7").to_plain())}
+    forged = dict(zip(mine, values))
+    found = found_of({**mine, **forged}, ends=ends)
+    for leaving in (set(uids), {"ffn.3.7"}):
+        rec.replace_stock(leaving, places, found, rec.find_heirs(leaving, found, ME), ME)
+        planned = rec.replace_own(leaving, found, ME)
+        hosted = planned.get((rec.hosted_key("one."), ME))
+        if hosted is not None and leaving == set(uids):
+            assert hosted.value is None or 5 not in rec.expand(hosted.value["runs"])
+
+
 # --- on real nodes -----------------------------------------------------------------------------------------------------
 
 

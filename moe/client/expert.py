@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moe.client.background import in_thread
 from moe.client.calls import ExpertCaller
 from moe.client.references import KeptRows
-from moe.client.remote_module import RemoteModule, check_differentiable
+from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
 from moe.client.requests import Described, Gradients
 from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
@@ -153,6 +152,7 @@ class RemoteExpert(RemoteModule):
 
     # --- calls -----------------------------------------------------------------------------------------------------------
 
+    @untraced
     def forward(
         self,
         *args: Nested,
@@ -264,10 +264,11 @@ class _RemoteExpertCall(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @differentiable_once
+    def backward(
+        ctx: Any, inputs: tuple[torch.Tensor, ...], *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         caller: ExpertCaller = ctx.caller
-        inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
         schema: ExpertSchema = ctx.described[1]
         wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[5:], inputs)]
         grads = [

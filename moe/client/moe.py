@@ -20,14 +20,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from moe.client.beam_search import MoEBeamSearcher
 from moe.client.call_many import CallMany, NonFiniteInput, check_finite, check_mixable, describe_any
 from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
 from moe.client.fan_out import Abandoned, Assignment, CutOff, Quorum, name_rows
 from moe.client.references import KeptRows
-from moe.client.remote_module import RemoteModule, check_differentiable
+from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
 from moe.client.requests import Gradients
 from moe.config import ClientConfig, check_positive, replace_known
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
@@ -204,6 +203,7 @@ class RemoteMixtureOfExperts(RemoteModule):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
+    @untraced
     def forward(
         self,
         input: torch.Tensor,
@@ -274,6 +274,7 @@ class RemoteMixtureOfExperts(RemoteModule):
         global_kwargs: Mapping[str, Nested] | None,
     ) -> Answers:
         """Find the best experts of each row and call them; gradients flow from the answers to args and kwargs."""
+        check_differentiable([arg for arg in args if isinstance(arg, torch.Tensor)], grad=torch.is_grad_enabled())
         budget, started = self._forward_budget(), time.perf_counter()
         assignment = self._search(grid_scores, budget)
         searched = time.perf_counter()
@@ -572,9 +573,10 @@ class _MixtureCall(torch.autograd.Function):
         return tuple(answers)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
+    @differentiable_once
+    def backward(
+        ctx: Any, inputs: tuple[torch.Tensor, ...], *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[4:], inputs)]
         grads = ctx.owner._backward(ctx.call, inputs, grad_outputs, wants)
         return (None, None, None, None, *from_wire(grads, inputs))

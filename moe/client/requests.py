@@ -49,7 +49,8 @@ from moe.wire.messages import (
     check_metadata,
 )
 
-T, Item = TypeVar("T"), TypeVar("Item")
+T = TypeVar("T")
+Item = TypeVar("Item")
 Gradients = list["torch.Tensor | None"]
 Described = tuple[ExpertDescription, ExpertSchema]
 

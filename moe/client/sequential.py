@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moe.chains import Block, Chain
 from moe.client.expert import (
@@ -25,7 +24,7 @@ from moe.client.expert import (
     merge_kwargs,
     transport_of,
 )
-from moe.client.remote_module import RemoteModule, check_differentiable
+from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
 from moe.client.requests import Described
 from moe.client.sequence_calls import Journey, SequenceCaller
 from moe.client.sequence_manager import SequenceManager
@@ -109,6 +108,7 @@ class RemoteSequential(RemoteModule):
         if self._shared.manager is not None:
             self._shared.manager.request_refresh()
 
+    @untraced
     def forward(
         self,
         *args: Nested,
@@ -341,10 +341,12 @@ class _RemoteSequentialCall(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @differentiable_once
+    def backward(
+        ctx: Any, saved: tuple[torch.Tensor, ...], *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         call: _Call = ctx.call
-        inputs, later = ctx.saved_tensors[: ctx.count], iter(ctx.saved_tensors[ctx.count :])
+        inputs, later = saved[: ctx.count], iter(saved[ctx.count :])
         sent = call.to_wire(inputs)
         entries = call.chain.entries
         trails = []

@@ -12,6 +12,7 @@ import torch
 
 from moe.chains import Chain
 from moe.errors import Refused
+from moe.schema import TensorProto
 from moe.transport.base import BACKWARD, FORWARD
 
 Answer = list["torch.Tensor | None"]
@@ -69,6 +70,24 @@ async def backward_chain(
             pairs = zip(returned, answer[:args])
             grads = [grad.to(entry.proto.dtype) for entry, grad in pairs if grad is not None]
     return total
+
+
+def returned_bytes(chain: Chain, method: str, rows: int) -> int:
+    """Most memory that what blocks return takes at one time, as far as their schemas tell. (Axes of any length do not.)
+
+    Of a backward, without the gradients of the request's tensors, which are as large as those.
+    """
+    sizes = [sum(_size_bytes(entry.proto, rows) for entry in block.schema.output_entries) for block in chain.blocks]
+    if method == FORWARD:
+        return max(before + after for before, after in zip([0, *sizes], sizes))
+    return sum(sizes[:-1]) + 2 * max(sizes[:-1], default=0)  # each block's inputs, and gradients between two blocks
+
+
+def _size_bytes(proto: TensorProto, rows: int) -> int:
+    values = rows if proto.batched else 1
+    for size in proto.sizes:
+        values *= size or 0
+    return values * proto.itemsize
 
 
 def all_of(answer: Answer) -> list[torch.Tensor]:

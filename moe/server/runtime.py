@@ -1,8 +1,8 @@
 """Runtime: the device loop, the one owner of the accelerator. Owns: the thread that runs batches, and its health.
 
-Takes the most urgent ready batch of all pools, moves it to the device (with ``prefetch_batches``, while the one before is
-computed: prefetch_generator), lets the pool process it. Must not know: what a batch computes, where requests come from, or
-how devices copy.
+Takes the most urgent ready batch of all pools, so that peers take turns whichever experts they call, moves it to the device
+(with ``prefetch_batches``, while the one before is computed: prefetch_generator), lets the pool process it. Must not know: what
+a batch computes, where requests come from, or how devices copy.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Runtime:
         )  # a token for each reason to look at the pools again
         self._active: dict[TaskPool, None] = {}  # pools that may have waiting tasks, in order of their first submission
         self._stopping = False
-        self._busy_since = math.inf
+        self._busy_since = self._wanted_until = math.inf
         self._thread: threading.Thread | None = None
         self._on_failure: Callable[[BaseException], None] | None = None
 
@@ -155,6 +155,13 @@ class Runtime:
         """How long the batch at hand has been running; 0 if none is."""
         return max(0.0, self._clock() - self._busy_since)
 
+    def overdue_s(self) -> float:
+        """How long nobody has waited for the batch at hand any more; 0 if somebody does, or none is running.
+
+        A batch may take as long as its callers have time. One that goes on without them is stuck, or as good as that.
+        """
+        return max(0.0, self._clock() - self._wanted_until) if self._busy_since < math.inf else 0.0
+
     def shutdown(self, timeout_s: float = 5.0) -> bool:
         """Finish the batch at hand, fail all waiting tasks, end the thread. May be called more than once.
 
@@ -190,6 +197,7 @@ class Runtime:
             for pool, batch, loaded in batches:
                 if self._on_batch is not None:
                     self._on_batch(pool, batch)
+                self._wanted_until = max(task.deadline for task in batch)
                 self._busy_since = self._clock()
                 if loaded is not None:
                     for task, tensors in zip(batch, loaded.take()):
@@ -271,6 +279,11 @@ class Runtime:
                 pool = pools[min(ranks)[1]]
                 tasks = pool.load_batch(now)
                 if tasks:
+                    if len(pools) > 1:
+                        peers = {task.peer for task in tasks}
+                        for other in pools:
+                            if other is not pool:
+                                other.served(peers, now)
                     return Batch(pool, tasks)
                 continue
             wait_s = min((pool.next_event(now) for pool in pools), default=math.inf) - now

@@ -24,9 +24,10 @@ from moe.config import HandlerConfig, ServerConfig, replace_known
 from moe.dht import DHT, Announcer, ServerInfo, resolve_p2p, stop_dht, visible_addresses
 from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
 from moe.server.assembly import ServerParts, assemble
+from moe.server.authorization import Authorizer
 from moe.server.blocks import BlockSource
 from moe.server.checkpoints import CheckpointSaver
-from moe.server.connection_handler import Authorizer, ConnectionHandler
+from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.server.hosting import Hosting
 from moe.server.idle import LEFT_AT_THE_END, find_busy

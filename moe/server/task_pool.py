@@ -12,14 +12,14 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import torch
 
 from moe.config import PoolConfig
-from moe.errors import DeadlineExceeded, ExpertFailed, LifecycleError, MoEError, Unavailable
+from moe.errors import DeadlineExceeded, ExpertFailed, LifecycleError, MoEError, Overloaded, Unavailable
 from moe.schema import BatchTensorProto, Entry, signature, validate
 from moe.server.batching import BatchQueue, Rank, Waiting
 from moe.server.held_tensors import HeldTensor
@@ -53,6 +53,7 @@ class Task:
     :ivar shared: tensors that other tasks may use as well; if one has been written to, the task must not be run
     :ivar keep: forward: keep its activations, in ``kept``, if it is computed by itself
     :ivar kept: forward: see ``keep``; backward: what was kept of the forward of the same inputs
+    :ivar may_have_trained: backward: it has ended with an error after which nobody knows; a repeat must not train again
     """
 
     operation: str
@@ -69,6 +70,7 @@ class Task:
     shared: tuple[HeldTensor, ...] = ()
     keep: bool = False
     kept: KeptForward | None = None
+    may_have_trained: bool = False
     number: int = field(default_factory=lambda: next(_numbers))
     future: Future[TaskResult] = field(default_factory=Future)
     submitted_at: float = 0.0
@@ -153,7 +155,8 @@ class TaskPool:
 
         :returns: its future; cancelling it before the batch starts takes the task out of the queue
         :raises SchemaError: too many rows
-        :raises Overloaded: too many tasks
+        :raises Overloaded: too many tasks. (A task that waits is given this as well, if it has to make room for one of a
+            peer that has less waiting.)
         :raises Unavailable: the pool was closed
         """
         now = self._clock()
@@ -162,8 +165,11 @@ class TaskPool:
         with self._lock:
             if self._closed is not None:
                 raise _another(self._closed)
-            self._queue.add(waiting)
+            left = self._queue.add(waiting)
             self._tasks[task.number] = task
+            displaced = None if left is None else self._tasks.pop(left.rank.number)
+        if displaced is not None:
+            self._resolve(displaced, Overloaded("the queue is full, and most of it is yours; try again later"))
         number, this = task.number, self._this
         task.future.add_done_callback(lambda future: _forget(this, number) if future.cancelled() else None)
         if self._on_submit is not None:
@@ -184,6 +190,12 @@ class TaskPool:
         """Counters, and how many tasks wait."""
         with self._lock:
             return PoolStatistics(self._resolved, self._rows, self._batches, self._failed, len(self._queue))
+
+    def check(self) -> None:
+        """Assert that what is counted is what is there."""
+        with self._lock:
+            self._queue.check()
+            assert len(self._queue) == len(self._tasks)
 
     @property
     def empty(self) -> bool:
@@ -227,6 +239,11 @@ class TaskPool:
             )
         return rank
 
+    def served(self, peers: Collection[str], now: float) -> None:
+        """These peers were served by another pool: they wait for their next turn here, too."""
+        with self._lock:
+            self._queue.served(peers, now)
+
     def next_event(self, now: float) -> float:
         """When to look again although nobody submits."""
         with self._lock:
@@ -245,18 +262,35 @@ class TaskPool:
     def process(self, batch: list[Task]) -> None:
         """Run a batch and resolve its tasks, whatever happens."""
         outcomes: Sequence[TaskResult | BaseException]
+        batch = self._still_wanted(batch)
         try:
             outcomes = self.process_func(batch) if batch else ()
             assert len(outcomes) == len(batch), f"{self.name}: {len(outcomes)} outcomes of {len(batch)} tasks"
         except DeviceLost as e:  # no batch can succeed any more: answer these callers, and let the Runtime end
-            for task in batch:
-                self._resolve(task, Unavailable(f"the device of this server has failed: {e}"[:500]))
+            self._fail(batch, Unavailable(f"the device of this server has failed: {e}"[:500]))
             raise
         except BaseException as e:  # not even SystemExit of somebody's module may leave a caller without an answer
             logger.exception("%s: a batch failed as a whole", self.name)
-            outcomes = [ExpertFailed(f"the batch failed: {type(e).__name__}")] * len(batch)
+            self._fail(batch, ExpertFailed(f"the batch failed: {type(e).__name__}"))
+            return
         for task, outcome in zip(batch, outcomes):
             self._resolve(task, outcome)  # the last thing done with it: wakes who waits, who may want the GIL
+
+    def _still_wanted(self, batch: list[Task]) -> list[Task]:
+        """The tasks whose time is not over: a batch may have been taken long before it is run."""
+        now = self._clock()
+        if all(task.deadline > now for task in batch):
+            return batch
+        for task in batch:
+            if task.deadline <= now:
+                self._resolve(task, DeadlineExceeded("not computed: the caller's time was over before its batch began"))
+        return [task for task in batch if task.deadline > now]
+
+    def _fail(self, batch: list[Task], error: MoEError) -> None:
+        """Tell the tasks of a batch of which nobody knows how far it came."""
+        for task in batch:
+            task.may_have_trained = task.operation == "backward"
+            self._resolve(task, _another(error))
 
     def _resolve(self, task: Task, outcome: TaskResult | BaseException) -> None:
         task.finished_at = self._clock()

@@ -48,6 +48,12 @@ class InflightBytes:
         """True if the peer has all that it may have."""
         return self.bytes_of(peer) >= self.max_bytes_per_peer
 
+    def check(self) -> None:
+        """Assert that what is counted is what is there. For tests."""
+        with self._lock:
+            assert self._bytes == sum(self._of_peer.values()) and set(self._of_peer) <= set(self._reservations)
+            assert all(count > 0 for count in self._reservations.values())
+
     def reserve(self, peer: str, size_bytes: int, reason: Hashable) -> Reservation:
         """Reserve memory for a peer.
 

@@ -96,11 +96,11 @@ class MemoryTransport:
                     for part in message.tensors:
                         assembler.feed(part)
                 reply = await admission.run([decode_tensor(tensor) for tensor in assembler.finish()])
+                answers = [encode_tensor(tensor, codec) for tensor, codec in zip(reply.tensors, reply.codecs)]
             finally:
                 admission.release()
         except MoEError as e:
             return encode_header(ReplyHeader(error=WireError.from_exception(e))), []
-        answers = [encode_tensor(tensor, codec) for tensor, codec in zip(reply.tensors, reply.codecs)]
         header = encode_header(reply.header) if reply.header is not None and metadata else b""  # as to a stock client
         assembled = TensorAssembler(_Unbounded())
         for message in stream_responses(answers, header):

@@ -134,10 +134,130 @@ def test_the_queue_is_bounded_in_all_and_per_peer() -> None:
     with pytest.raises(Overloaded, match="2 of your requests"):
         queue.add(waiting(2, peer="greedy"))
     queue.add(waiting(3, peer="modest"))  # a flood locks nobody else out
+    left = queue.add(waiting(4, peer="late"))  # there is always a place for who has less than another
+    assert left is not None and left.rank.number == 1
     with pytest.raises(Overloaded, match="3 requests are waiting"):
-        queue.add(waiting(4, peer="late"))
+        queue.add(waiting(5, peer="last"))  # all have as little
+    assert len(queue) == 3
     queue.take(0.0)
-    queue.add(waiting(5, peer="greedy"))
+    queue.add(waiting(6, peer="greedy"))
+
+
+# --- turns of peers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_with_a_thousand_requests_delays_anothers_by_a_batch() -> None:
+    queue = queue_of(*(waiting(i, group=i, peer="flood") for i in range(1000)))
+    assert [task.rank.number for task in queue.take(1000.0)] == [0]
+    queue.add(waiting(1001, group="common", at=1000.5, peer="modest"))
+    assert [batch for _, batch in zip(range(3), drain(queue, 1001.0))] == [[1], [1001], [2]]
+
+
+def test_peers_take_turns_and_each_goes_oldest_first() -> None:
+    queue = queue_of(*(waiting(i, group=i, peer="abc"[i // 3]) for i in range(9)))
+    taken = [queue.take(10.0 + turn)[0].rank.number for turn in range(9)]
+    assert taken == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+
+
+def test_a_newcomer_does_not_go_before_those_who_have_waited_longer() -> None:
+    """Else a peer of many names would always be first."""
+    queue = queue_of(waiting(0, group=0, peer="a"), waiting(1, group=1, peer="a"))
+    queue.take(2.0)
+    for number in range(3, 6):
+        queue.add(waiting(number, group=number, peer=f"new {number}"))
+    assert list(drain(queue, 6.0)) == [[1], [3], [4], [5]]
+
+
+def test_who_was_served_elsewhere_is_behind_here_too() -> None:
+    queue = queue_of(waiting(0, group=0, peer="a"), waiting(1, group=1, peer="b"), waiting(9, group=2, peer="a"))
+    queue.served(["a", "not here"], 5.0)
+    assert queue.most_urgent(5.0) == Rank(0.0, 1.0, 1)
+    assert list(drain(queue, 6.0)) == [[1], [0], [9]]
+
+
+def test_batches_are_as_large_as_they_can_be_whoever_sent_their_tasks() -> None:
+    queue = queue_of(*(waiting(i, peer=f"peer {i % 7}") for i in range(50)), max_batch_size=64)
+    assert [len(batch) for batch in drain(queue)] == [50]
+
+
+def test_a_batch_is_filled_with_tasks_of_all_peers_in_turn() -> None:
+    queue = queue_of(*(waiting(i, peer="a") for i in range(8)), *(waiting(10 + i, peer="b") for i in range(2)))
+    queue.config = PoolConfig(max_batch_size=5)
+    assert list(drain(queue)) == [[0, 10, 1, 11, 2], [3, 4, 5, 6, 7]]
+
+
+def test_what_does_not_fit_lets_others_fill_the_batch() -> None:
+    queue = queue_of(waiting(0, 3, peer="a"), waiting(1, 4, peer="a"), waiting(2, 2, peer="b"), max_batch_size=6)
+    assert list(drain(queue)) == [[0, 2], [1]]
+
+
+def test_priority_wins_over_turns() -> None:
+    queue = queue_of(waiting(0, group=0, peer="a", priority=-1.0), waiting(1, group=1, peer="a", priority=-1.0))
+    queue.add(waiting(2, group=2, peer="b"))
+    assert list(drain(queue, 5.0)) == [[0], [1], [2]]
+
+
+def test_four_peers_cannot_fill_the_queue_for_a_fifth() -> None:
+    queue = queue_of(max_pending_tasks=100, max_pending_per_peer=25)
+    for i in range(100):
+        queue.add(waiting(i, group=i, peer=f"flood {i % 4}"))
+    lost = [queue.add(waiting(200 + i, group=i, peer="modest")) for i in range(20)]
+    assert {task.rank.number for task in lost if task is not None} == set(range(80, 100))
+    with pytest.raises(Overloaded):
+        queue.add(waiting(300, peer="modest"))  # it has its share now
+    queue.check()
+
+
+class Peers:
+    """Turns of peers as plainly as possible: no heaps, no groups. One task is a batch."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Waiting] = []
+        self.served_at: dict[str, float] = {}
+
+    def take(self, now: float) -> int:
+        def due(task: Waiting) -> tuple[float, float, int]:
+            served_at = self.served_at.get(task.peer, -math.inf)
+            return task.rank.priority, max(task.rank.submitted_at, served_at), task.rank.number
+
+        # of each peer its oldest, and of those the one that is due first
+        heads = {task.peer: task for task in sorted(self.tasks, key=lambda task: task.rank, reverse=True)}
+        first = min(heads.values(), key=due)
+        self.tasks.remove(first)
+        self.served_at[first.peer] = now
+        return first.rank.number
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "add", "take", "remove", "elsewhere"]),
+            st.sampled_from("abcd"),
+            st.sampled_from([0.0, 0.0, 1.0]),
+            st.sampled_from([0.0, 1.0]),
+        ),
+        max_size=60,
+    )
+)
+def test_turns_are_those_of_the_model(steps: list[tuple[str, str, float, float]]) -> None:
+    queue, model, now = BatchQueue(PoolConfig(max_batch_size=1)), Peers(), 0.0
+    for number, (step, peer, priority, pause) in enumerate(steps):
+        now += pause
+        if step == "add":
+            task = waiting(number, group=number % 3, at=now, priority=priority, peer=peer)
+            queue.add(task)
+            model.tasks.append(task)
+        elif step == "elsewhere":
+            queue.served([peer], now)
+            if any(task.peer == peer for task in model.tasks):
+                model.served_at[peer] = now
+        elif step == "remove" and model.tasks:
+            queue.remove(model.tasks.pop(number % len(model.tasks)).rank.number)
+        elif step == "take" and model.tasks:
+            assert [task.rank.number for task in queue.take(now)] == [model.take(now)]
+        model.served_at = {p: at for p, at in model.served_at.items() if any(t.peer == p for t in model.tasks)}
+        queue.check()
 
 
 def test_groups_need_not_be_comparable() -> None:
@@ -195,6 +315,7 @@ def test_whatever_happens_each_task_leaves_once_and_batches_are_right(data: st.D
             for task in batch:
                 assert alive.pop(task.rank.number) == task
         assert len(queue) == len(alive)
+        queue.check()
     queue.expire(now)
     rest = [number for batch in drain(queue, now + 10.0) for number in batch]
     assert sorted(rest) == sorted(n for n, task in alive.items() if task.deadline > now)

@@ -35,6 +35,7 @@ from moe.errors import (
 from moe.schema import BatchTensorProto, Compression, TensorProto
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
+from moe.server.once import ANSWER_BYTES
 from moe.server.task_pool import Task
 from moe.testing import FaultPlan, MemoryServer, MemorySwarm, MemoryTransport, memory_swarm
 from moe.transport.base import BACKWARD, FORWARD, Call, Reply
@@ -173,7 +174,7 @@ def test_a_peer_that_may_not_call_is_refused_before_its_tensors_are_looked_at() 
     assert handler.open("alice", FORWARD, "lora.0", None)
     assert asked == [("mallory", BACKWARD, "lora.0"), ("alice", FORWARD, "lora.0")]
     assert unchanged(module, before)
-    assert repr(handler) == "ConnectionHandler(1 experts, 0 bytes in flight)"
+    assert repr(handler) == "ConnectionHandler(1 experts, 9728 bytes in flight)"
 
 
 def test_who_asks_for_a_fourth_argument_is_given_what_the_caller_has_told() -> None:
@@ -214,26 +215,173 @@ _FUZZED = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))})
 # --- bounds ------------------------------------------------------------------------------------------------------------
 
 
+ITSELF = 2 * 8192  # more than a request takes besides its tensors
+
+
 def test_a_request_is_bounded_before_memory_is_taken() -> None:
-    handler = ConnectionHandler(
-        {"lora.0": lora_backend(seeded(LoraExpert))}, HandlerConfig(max_request_bytes=1000, max_inflight_bytes=1500)
-    )
+    config = HandlerConfig(max_request_bytes=10**6, max_inflight_bytes=15 * 10**5 + 2 * ITSELF)
+    handler = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))}, config)
     first = handler.open("peer", FORWARD, "lora.0", NATIVE)
-    assert first.admit(0, (1, 40, HIDDEN), "float32", Compression.NONE) == 960
-    with pytest.raises(SchemaError, match="exceeds 1000 bytes"):
-        handler.open("peer", FORWARD, "lora.0", NATIVE).admit(0, (1, 10**9, HIDDEN), "float32", Compression.NONE)
-    with pytest.raises(Overloaded, match="960 bytes of requests are in flight"):
-        handler.open("peer", FORWARD, "lora.0", NATIVE).admit(0, (1, 30, HIDDEN), "float32", Compression.NONE)
-    assert handler.inflight.bytes == 960
-    first.release()
-    assert handler.inflight.bytes == 0
+    itself = handler.inflight.bytes
+    assert 0 < itself < ITSELF
+    assert first.admit(0, (1, 40_000, HIDDEN), "float32", Compression.NONE) == 960_000
+    others = [handler.open("peer", FORWARD, "lora.0", NATIVE) for _ in range(2)]
+    with pytest.raises(SchemaError, match="exceeds 1000000 bytes"):
+        others[0].admit(0, (1, 10**9, HIDDEN), "float32", Compression.NONE)
+    with pytest.raises(Overloaded, match="bytes of requests are in flight"):
+        others[1].admit(0, (1, 30_000, HIDDEN), "float32", Compression.NONE)
+    assert handler.inflight.bytes == 960_000 + 3 * itself
+    for admission in (first, *others, first):
+        admission.release()
+    handler.check_idle()
 
 
-def test_what_a_lossy_codec_unpacks_to_counts() -> None:
-    handler = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))}, HandlerConfig(max_request_bytes=2**20))
-    admission = handler.open("peer", FORWARD, "lora.0", NATIVE)
+def test_many_small_requests_are_bounded_by_what_each_takes_itself() -> None:
+    handler = ConnectionHandler({"e.0": linear_backend("e.0")}, HandlerConfig(max_inflight_bytes=2**20))
+    admissions = []
+    with pytest.raises(Overloaded):
+        for _ in range(1000):
+            admissions.append(handler.open("peer", FORWARD, "e.0", NATIVE))
+    assert 2**20 // ITSELF <= len(admissions) <= 2**20 // 8192
+    for admission in admissions:
+        admission.release()
+    handler.check_idle()
+
+
+def test_a_peer_over_its_share_leaves_room_for_others() -> None:
+    config = HandlerConfig(max_inflight_bytes=2**20, max_inflight_bytes_per_peer=2**19)
+    handler = ConnectionHandler({"e.0": linear_backend("e.0")}, config)
+    with pytest.raises(Overloaded, match="of your requests"):
+        greedy = [handler.open("greedy", FORWARD, "e.0", NATIVE) for _ in range(1000)]
+        assert not greedy
+    assert handler.open("modest", FORWARD, "e.0", NATIVE)
+
+
+@pytest.mark.parametrize("method", [FORWARD, BACKWARD])
+def test_room_for_the_answer_is_reserved_with_the_request(method: str) -> None:
+    handler = ConnectionHandler({"e.0": linear_backend("e.0")})
+    admission = handler.open("peer", method, "e.0", RequestHeader(wants_grad=(True,)) if method == BACKWARD else NATIVE)
+    before, sent = handler.inflight.bytes, 1 if method == FORWARD else 2
+    for index in range(sent):
+        admission.admit(index, (10, HIDDEN), "float32", Compression.NONE)
+    assert handler.inflight.bytes - before == (sent + 1) * 10 * HIDDEN * 4
+    unwanted = handler.open("peer", BACKWARD, "e.0", RequestHeader(wants_grad=(False,)))
+    before = handler.inflight.bytes
+    unwanted.admit(0, (10, HIDDEN), "float32", Compression.NONE)
+    assert handler.inflight.bytes - before == 10 * HIDDEN * 4
+    admission.release()
+    unwanted.release()
+    handler.check_idle()
+
+
+def test_an_idle_server_takes_any_request_of_usual_size_whatever_its_answer_takes() -> None:
+    data = torch.randn(1000, HIDDEN)
+    config = HandlerConfig(max_request_bytes=2 * data.nbytes, max_inflight_bytes=2 * data.nbytes + 100)
+    with memory_swarm({"e.0": linear_backend("e.0")}, handler_config=config) as swarm:
+        handler = swarm.server.handler
+        for method, tensors in ((FORWARD, [data]), (BACKWARD, [data, data])):
+            assert send(swarm, method, tensors, NATIVE, "e.0").tensors
+            handler.check_idle()
+        other = handler.open("other", FORWARD, "e.0", NATIVE)
+        with pytest.raises(Overloaded):
+            send(swarm, BACKWARD, [data, data], NATIVE, "e.0")
+        other.release()
+        handler.check_idle()
+
+
+class Long(nn.Module):
+    """One row in, many out: of a length that no schema tells."""
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        return data.repeat(1, 1000)
+
+
+def test_an_answer_of_any_length_counts_when_it_is_there() -> None:
+    backend = ExpertBackend("e.0", Long(), args_schema=(B(2),), outputs_schema=B(None))
+    with memory_swarm({"e.0": backend}) as swarm, Starting(swarm.server, "e.0", [torch.randn(3, 2)], NATIVE) as request:
+        before = swarm.server.handler.inflight.bytes
+        assert request.start()
+        request.answers.get(timeout=WAIT_S)
+        assert swarm.server.handler.inflight.bytes - before == 3 * 2000 * 4
+    swarm.server.handler.check_idle()
+
+
+def compressed_backend(arg: Compression, output: Compression = Compression.NONE) -> ExpertBackend:
+    protos = B(HIDDEN, compression=arg), B(HIDDEN, compression=output)
+    linear = nn.Linear(HIDDEN, HIDDEN)
+    return ExpertBackend("e.0", linear, args_schema=protos[:1], outputs_schema=protos[1], max_batch_size=2**20)
+
+
+@pytest.mark.parametrize("codec", [c for c in Compression if c not in (Compression.NONE, Compression.FLOAT16)])
+@pytest.mark.parametrize("position", [0, 1])
+def test_only_the_codec_of_the_schema_or_none_is_taken(codec: Compression, position: int) -> None:
+    """Stock clients use the schema's, ours too; another one is the sender's idea of how much memory decoding takes."""
+    codecs = [Compression.NONE, Compression.NONE]
+    codecs[position] = Compression.FLOAT16
+    backend = compressed_backend(*codecs)
+    handler = ConnectionHandler({"e.0": backend})
+    for header in (NATIVE, None):
+        admission = handler.open("peer", BACKWARD, "e.0", header)
+        if position:
+            admission.admit(0, (2, HIDDEN), "float32", Compression.NONE)
+        with pytest.raises(SchemaError, match=rf"compressed as {codec.name}; this expert takes NONE or FLOAT16"):
+            admission.admit(position, (2, HIDDEN), "float32", codec)
+        assert admission.admit(position, (2, HIDDEN), "float32", Compression.FLOAT16)
+        admission.release()
+    handler.check_idle()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 10**9, HIDDEN),
+        (0, 2**61, HIDDEN),
+        (0, 2**63, HIDDEN),
+        (1, -1, HIDDEN),
+        (-1, 3, HIDDEN),
+        (-5, -5, HIDDEN),
+    ],
+)
+@pytest.mark.parametrize("position", [0, 1])
+def test_axes_of_tensors_without_values_are_bounded_too(shape: tuple[int, ...], position: int) -> None:
+    handler = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))})
+    admission = handler.open("peer", BACKWARD, "lora.0", NATIVE)
+    if position:
+        admission.admit(0, (max(0, shape[0]), 3, HIDDEN), "float32", Compression.NONE)
+    with pytest.raises(MoEError, match="exceeds|impossible"):
+        admission.admit(position, shape, "float32", Compression.NONE)
+    admission.release()
+    handler.check_idle()
+
+
+def test_globals_without_values_are_bounded_too() -> None:
+    handler = ConnectionHandler({"lora.0": lora_backend(seeded(LoraExpert))})
+    admission = handler.open("peer", FORWARD, "lora.0", LORA)
+    admission.admit(0, (1, 3, HIDDEN), "float32", Compression.NONE)
+    admission.admit(1, (HIDDEN, 0), "float32", Compression.NONE)  # a rank of 0 is a rank
+    admission.release()
+    any_axes = ExpertBackend("e.0", Scaled(), args_schema=(B(1),), kwargs_schema={"w": TensorProto(None, None)})
+    handler = ConnectionHandler({"e.0": any_axes})
+    admission = handler.open("peer", FORWARD, "e.0", NATIVE)
+    admission.admit(0, (1, 1), "float32", Compression.NONE)
     with pytest.raises(SchemaError, match="exceeds"):
-        admission.admit(0, (1, 2**16, HIDDEN), "float32", Compression.UNIFORM_8BIT)
+        admission.admit(1, (0, 2**40), "float32", Compression.NONE)
+    admission.release()
+
+
+@pytest.mark.parametrize("codec", [Compression.UNIFORM_8BIT, Compression.BLOCKWISE_8BIT, Compression.MEANSTD_16BIT])
+def test_what_a_lossy_codec_unpacks_to_counts(codec: Compression) -> None:
+    backend = compressed_backend(codec)
+    handler = ConnectionHandler({"e.0": backend}, HandlerConfig(max_request_bytes=2**20))
+    admission = handler.open("peer", FORWARD, "e.0", NATIVE)
+    with pytest.raises(SchemaError, match="exceeds"):
+        admission.admit(0, (2**16, HIDDEN), "float32", codec)
+    before = handler.inflight.bytes
+    admission.admit(0, (2**12, HIDDEN), "float32", codec)
+    values = 2**12 * HIDDEN
+    assert handler.inflight.bytes - before >= (2 + 4 + 4) * values  # two encoded, one decoded, the answer
+    admission.release()
+    handler.check_idle()
 
 
 def test_a_full_pool_is_told_at_once() -> None:
@@ -572,12 +720,13 @@ def test_a_kept_answer_does_not_keep_its_whole_batch() -> None:
         concurrent.join(WAIT_S)
         once = swarm.server.handler.once
         wait_until(lambda: "0 running" in repr(once))
-        assert repr(once) == f"OnceWindow(0 running, 3 answers of {3 * data.nbytes} bytes)"
-        for _, _, task in once._done.values():
-            (gradient,) = task.future.result(0)
+        assert repr(once) == f"OnceWindow(0 running, 3 answers of {3 * (data.nbytes + ANSWER_BYTES)} bytes)"
+        for header in headers:
+            kept = once.find("client", ("e.0", header.request_id), 0.0)
+            assert kept is not None and kept.task is None  # nor the inputs
+            (gradient,) = kept.answer
             assert gradient is not None
             assert gradient.untyped_storage().nbytes() == data.nbytes
-            assert task.tensors == []
 
 
 # --- started, not run ----------------------------------------------------------------------------------------------------
@@ -596,9 +745,13 @@ class Starting:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        before = self.server.handler.inflight.bytes
+        inflight = self.server.handler.inflight
+        before = inflight.bytes
         self._in_loop(self.admission.release)
-        assert before - self.server.handler.inflight.bytes == sum(tensor.nbytes for tensor in self.tensors)
+        released = before - inflight.bytes
+        assert sum(tensor.nbytes for tensor in self.tensors) < released
+        self._in_loop(self.admission.release)
+        assert before - inflight.bytes == released
 
     def _open(self) -> Any:
         call = self.call

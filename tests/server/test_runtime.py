@@ -117,6 +117,21 @@ def test_an_old_request_is_served_soon_however_busy_another_expert_is() -> None:
     assert backend.log.index(("quiet", 1)) == 50
 
 
+def test_a_flood_of_many_experts_delays_another_peers_request_by_one_batch() -> None:
+    flooded = [f"expert {i}" for i in range(64)]
+    backend = Backend(*flooded, "quiet", max_batch_size=1)
+    for pool in backend.pools[:-1]:
+        for _ in range(10):
+            pool.submit(Task("forward", (), (), [torch.ones(1)], 1, "group", peer="flood"))
+    backend.gate.clear()
+    with running(backend):
+        assert backend.entered.wait(WAIT_S)
+        patient = backend.pools[-1].submit(Task("forward", (), (), [torch.ones(1)], 1, "group", peer="modest"))
+        backend.gate.set()
+        patient.result(WAIT_S)
+    assert backend.log.index(("quiet", 1)) <= 2
+
+
 def test_a_lone_request_below_min_batch_size_does_not_wait_for_ever() -> None:
     backend = Backend("pool", min_batch_size=8, timeout=0.05)
     with running(backend):
@@ -188,6 +203,27 @@ def test_a_batch_that_runs_shows_how_long_it_has_been() -> None:
         backend.gate.set()
         future.result(WAIT_S)
     assert runtime.busy_s() == 0.0
+
+
+def test_a_batch_is_overdue_only_when_none_of_its_callers_waits_any_more() -> None:
+    now = 0.0
+    backend = Backend("pool")
+    for pool in backend.pools:
+        pool._clock = lambda: now
+    backend.gate.clear()
+    futures = [
+        backend.pools[0].submit(Task("forward", (), (), [torch.ones(1)], 1, "group", deadline=deadline))
+        for deadline in (1000.0, 5000.0)
+    ]
+    with running(backend, clock=lambda: now) as runtime:
+        assert backend.entered.wait(WAIT_S)
+        now = 4000.0
+        assert (runtime.busy_s(), runtime.overdue_s()) == (4000.0, 0.0)
+        now = 5700.0
+        assert (runtime.busy_s(), runtime.overdue_s()) == (5700.0, 700.0)
+        backend.gate.set()
+        assert all(future.result(WAIT_S) for future in futures)
+    assert runtime.overdue_s() == 0.0
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe.errors import DeadlineExceeded, ExpertFailed, LifecycleError, Overloaded, SchemaError, Unavailable
-from moe.server.task_pool import Task, TaskPool, TaskResult
+from moe.server.task_pool import DeviceLost, Task, TaskPool, TaskResult
 from moe.testing import FakeClock
 
 
@@ -160,6 +160,58 @@ def test_a_full_pool_says_overloaded_and_takes_more_when_there_is_room() -> None
         pool.submit(task(peer="c"))
     run_next(pool)
     pool.submit(task(peer="c"))
+
+
+def test_who_has_most_waiting_makes_room_for_who_has_less() -> None:
+    pool = make_pool(pool_size=4, max_pending_per_peer=4)
+    flood = [pool.submit(task(peer="flood")) for _ in range(4)]
+    modest = pool.submit(task(peer="modest"))
+    with pytest.raises(Overloaded, match="most of it is yours"):
+        flood[3].result(0)
+    assert pool.statistics().pending == 4
+    run_next(pool)
+    assert modest.result(0) and all(future.result(0) for future in flood[:3])
+    pool.check()
+
+
+def test_what_is_late_when_its_batch_begins_is_not_computed() -> None:
+    """A batch may be taken long before: while the one before it is computed."""
+    clock, computed = FakeClock(0.0), list[int]()
+
+    def count(tasks: list[Task]) -> list[TaskResult]:
+        computed.append(len(tasks))
+        return doubled(tasks)
+
+    pool = make_pool(count, clock=clock)
+    late, patient = pool.submit(task(deadline=5.0)), pool.submit(task(deadline=50.0))
+    batch = pool.load_batch(clock())
+    clock.advance(6.0)
+    pool.process(batch)
+    with pytest.raises(DeadlineExceeded, match="before its batch began"):
+        late.result(0)
+    assert patient.result(0) and computed == [1]
+    lost = pool.submit(task(deadline=7.0))
+    batch = pool.load_batch(clock())
+    clock.advance(2.0)
+    pool.process(batch)
+    assert isinstance(lost.exception(0), DeadlineExceeded) and computed == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError("after the step"), DeviceLost("gone")])
+def test_after_a_batch_that_failed_as_a_whole_nobody_knows_whether_it_was_trained(error: BaseException) -> None:
+    def fail(tasks: list[Task]) -> list[TaskResult]:
+        raise error
+
+    for operation in ("forward", "backward"):
+        pool, one = make_pool(fail), task()
+        one.operation = operation
+        pool.submit(one)
+        try:
+            run_next(pool)
+        except DeviceLost:
+            assert isinstance(error, DeviceLost)
+        assert one.future.exception(0) is not None
+        assert one.may_have_trained == (operation == "backward")
 
 
 def test_closing_fails_what_waits_and_refuses_what_comes_but_not_the_running_batch() -> None:
