@@ -420,8 +420,10 @@ class RequestAdmission:
             of_reply = min(size_bytes - expected, self._ahead_of_reply)
             self._ahead_of_reply -= of_reply
             expected += of_reply
-        if size_bytes > expected:
-            self._reservation.grow(size_bytes - expected, must_fit=between)
+        if size_bytes > expected:  # a module may return any length: an answer that nobody could foresee may have to be dropped
+            alone = self._handler.inflight.bytes == self._reservation.size_bytes
+            must_fit = between or (self._method == FORWARD and not alone)
+            self._reservation.grow(size_bytes - expected, must_fit=must_fit)
 
     def _decoded(self) -> None:
         """Nothing has to be decoded any more."""
