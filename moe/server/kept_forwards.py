@@ -72,7 +72,7 @@ class KeptForward:
         before, randomness = _or_not_kept(lambda: Mark(module)), RandomState()
         self.leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
         try:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_pack_into(self._saved), _unpack):
                 self.outputs = call([lend(leaf) for leaf in self.leaves])
             if places_of(module, has_graph):
                 raise NotKept("the module keeps tensors of a graph")
@@ -94,13 +94,6 @@ class KeptForward:
 
     def __repr__(self) -> str:
         return f"KeptForward({len(self.leaves)} inputs, {self.size_bytes} bytes saved)"
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Autograd does not look for writes to what hooks have packed, so we do. Detached: an output would hold its own
-        graph, and neither would ever be freed."""
-        packed = tensor.detach()
-        self._saved.append((packed, packed._version))
-        return packed
 
     @property
     def unchanged(self) -> bool:
@@ -148,6 +141,21 @@ def _equal(mine: torch.Tensor, given: torch.Tensor) -> bool:
     if mine is given:
         return True
     return mine.shape == given.shape and mine.dtype == given.dtype and torch.equal(mine.to(given.device), given)
+
+
+def _pack_into(saved: list[tuple[torch.Tensor, int]]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A hook that notes what autograd saves, which does not look for writes to what hooks have packed: so we do.
+
+    The graph holds the hook, and neither Python nor torch finds cycles through it. So the hook must not lead to the graph: it
+    is no method of who holds the outputs, and what it notes is detached, as an output would hold its own graph.
+    """
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed = tensor.detach()
+        saved.append((packed, packed._version))
+        return packed
+
+    return pack
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from moe.server.checkpoints import CheckpointSaver
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
 from moe.server.hosting import Hosting
+from moe.server.idle import LEFT_AT_THE_END, find_busy
 from moe.server.rebalancing import DHTSwarm, Rebalancer, blocks_of
 from moe.server.runtime import BatchHook, Runtime
 from moe.server.stats import ExpertStatistics, ServerStatistics, served_rates
@@ -51,6 +52,7 @@ _FAMILIES = {
     **dict.fromkeys(("dns", "dnsaddr"), socket.AF_UNSPEC),
 }
 _DEFAULT_HOST_MADDRS = ("/ip4/127.0.0.1/tcp/0",)  # hivemind's
+_SETTLED_WITHIN_S = 0.5  # for what is ending when all parts were stopped
 _WATCH_PERIOD_S = 0.25  # how often a running server looks after its parts
 
 
@@ -153,7 +155,9 @@ class Server:
         self._lifecycle = threading.Lock()
         self._undo: list[tuple[str, Callable[[], object]]] = []  # how to stop what was started, in order of the start
         self._watcher: threading.Thread | None = None
-        self._libp2p: LibP2PServer | None = None
+        self.loop: EventLoopThread | None = None
+        self.direct: DirectServer | None = None
+        self.libp2p: LibP2PServer | None = None
         self._cut_off = False  # the DHT process or its libp2p daemon has died: nobody can be told anything any more
         self._started_at = 0.0
         self.lost: dict[str, int] = {}
@@ -283,16 +287,16 @@ class Server:
         daemon_maddr = resolve_p2p(self.dht, self.config.start_timeout_s)
         loop = EventLoopThread("moe-server-loop")
         self._undo.append(("the network thread", loop.stop))
-        self._hosting.loop = loop
+        self.loop = self._hosting.loop = loop
         issue_ticket = None
         if self.config.direct:
             listening = listen_hosts(self.dht)
             hosts = (self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))) if listening else ()
-            direct = DirectServer(self.handler, self.config.direct_port, hosts, listening)
+            self.direct = direct = DirectServer(self.handler, self.config.direct_port, hosts, listening)
             self._undo.append(("the direct link", lambda: loop.run(direct.stop(), self.config.shutdown_timeout_s)))
             loop.run(direct.start(), self.config.start_timeout_s)
             issue_ticket = direct.ticket
-        self._libp2p = transport = LibP2PServer(str(daemon_maddr), self.handler, issue_ticket)
+        self.libp2p = transport = LibP2PServer(str(daemon_maddr), self.handler, issue_ticket)
         self._undo.append(("the network", lambda: loop.run(transport.stop(), self.config.shutdown_timeout_s)))
         loop.run(transport.start(), self.config.start_timeout_s)
 
@@ -424,7 +428,7 @@ class Server:
             return LifecycleError(f"the Runtime has died: {self.runtime.failure!r}")
         if self._is_busy_for(self.config.give_up_after_s):
             return LifecycleError(f"a batch has been running for {self.runtime.busy_s():.0f} s: the server gives up")
-        self._cut_off = not self.dht.is_alive() or (self._libp2p is not None and not self._libp2p.is_connected)
+        self._cut_off = not self.dht.is_alive() or (self.libp2p is not None and not self.libp2p.is_connected)
         if self._cut_off:
             return LifecycleError("the DHT process or its libp2p daemon has died")
         return None
@@ -474,6 +478,8 @@ class Server:
                 pool.close(Unavailable(str(self.failure)))
         self.ready.clear()
         self._stop_parts()
+        if not self.runtime.is_alive() and (left := find_busy(self, _SETTLED_WITHIN_S)):
+            logger.error("%s%s", LEFT_AT_THE_END, "; ".join(left))
         self._stopped.set()
 
     # --- stop ----------------------------------------------------------------------------------------------------------------

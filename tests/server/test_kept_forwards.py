@@ -73,6 +73,31 @@ def test_its_size_is_that_of_what_is_saved_without_parameters() -> None:
     assert repr(kept) == f"KeptForward(1 inputs, {3 * x.nbytes} bytes saved)"
 
 
+class Product(nn.Module):
+    """Saves its input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize("make", [Counted, Product, nn.ReLU, nn.Softplus])
+def test_what_was_kept_in_vain_is_freed(make: Callable[[], nn.Module]) -> None:
+    """The graph of a forward that no backward comes for is in no cycle, not even one that torch and Python each see half of."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(found) is torch.Tensor and found.numel() == ROWS * WIDTH for found in gc.get_objects())
+
+    module, before = make(), alive()
+    for _ in range(3):
+        keep(module, torch.randn(ROWS, WIDTH))
+    assert alive() == before
+
+
 def test_nothing_of_it_lives_on_when_it_is_dropped() -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
