@@ -427,7 +427,9 @@ class RequestAdmission:
             of_reply = min(size_bytes - expected, self._ahead_of_reply)
             self._ahead_of_reply -= of_reply
             expected += of_reply
-        if size_bytes > expected:  # a module may return any length: an answer that nobody could foresee may have to be dropped
+        if (
+            size_bytes > expected
+        ):  # a module may return any length: an answer that nobody could foresee may have to be dropped
             alone = self._handler.inflight.bytes == self._reservation.size_bytes
             must_fit = between or (self._method == FORWARD and not alone)
             self._reservation.grow(size_bytes - expected, must_fit=must_fit)
@@ -483,7 +485,10 @@ class RequestAdmission:
 
         late = DeadlineExceeded(_TOO_LATE)
         timer = asyncio.get_running_loop().call_later(self._deadline - time.monotonic(), answer, late)
-        self._started = (weakref.ref(task), timer)  # its result is not to stay until the answer has left, if that is another
+        self._started = (
+            weakref.ref(task),
+            timer,
+        )  # its result is not to stay until the answer has left, if that is another
         self._reservation.keep_for(number)
         task.future.add_done_callback(settle)
         try:
