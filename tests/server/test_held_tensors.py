@@ -740,7 +740,7 @@ def test_inputs_that_the_forward_has_written_to_are_kept_as_they_came() -> None:
         assert send(server, FORWARD, [x], header, "d.0").tensors[0].eq(4).all()
         assert x.eq(1).all()
         assert len(server.handler.held_inputs) == 1
-        (held,) = (held for _, held in server.handler.held_inputs._held.values())
+        (held,) = (entry.what for entry in server.handler.held_inputs._held.values())
         assert held.tensor.eq(1).all()
         referring = RequestHeader(held={0: HELD_ID})
         assert send(server, BACKWARD, [torch.ones(2, WIDE)], referring, "d.0").tensors[0].eq(1).all()
