@@ -20,6 +20,7 @@ setup(
     packages=find_packages(include=["moe", "moe.*"]),
     package_data={"moe": ["py.typed"]},
     install_requires=[
+        "blake3>=1",  # hivemind has it, too
         "configargparse>=1.7",
         "hivemind>=1.1.12,<1.2",
         "msgspec>=0.19",

@@ -14,7 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks import benchmark_footprint, benchmark_kwargs, benchmark_latency, benchmark_moe, benchmark_throughput
+from benchmarks import (
+    benchmark_burst,
+    benchmark_footprint,
+    benchmark_kwargs,
+    benchmark_latency,
+    benchmark_moe,
+    benchmark_throughput,
+)
 from benchmarks.benchmark_throughput import PRESETS
 from benchmarks.common import (
     BARE,
@@ -106,6 +113,14 @@ GROUPS = (
     _throughput("criteria_nop_1", BOTH, ("nop 2048x1024, 1 client", TO_STOCK, 10)),
     _throughput("criteria_nop_tls_8", BOTH, ("nop 2048x1024, 8 clients, TLS", TO_STOCK, 5)),
     _throughput("criteria_nop_tls_1", BOTH, ("nop 2048x1024, 1 client, TLS", TO_STOCK, 5)),
+    Group(
+        lambda rounds, seconds: benchmark_burst.measure(PRESETS["criteria_nop_8"], min(rounds, 5)),
+        [
+            Criterion(
+                "nop 2048x1024, first 12 calls of 8 clients", "first burst", benchmark_burst.OF_STEADY_STATE, 2 / 3
+            )
+        ],
+    ),
     Group(
         lambda rounds, seconds: benchmark_latency.measure(BOTH, rounds, seconds),
         [

@@ -1,12 +1,15 @@
 """The whole exception tree. Owns: what can go wrong, its wire code, and whether trying again can help.
 
 Must not know: torch, sockets, or who raises what. A retry loop branches on the class (or on ``retryable``); the wire
-carries ``code`` and the message, and ``error_from_wire`` turns them back into the same class on the other side.
+carries ``code`` and the message, and ``error_from_wire`` turns them into what a server can say: never into a mistake of the
+caller's own, whatever the server claims.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+MAX_MESSAGE_CHARS = 2000  # of what a peer says; more is cut off
 
 _BY_CODE: dict[str, type[MoEError]] = {}
 
@@ -67,6 +70,12 @@ class ConfigError(MoEError, ValueError):
     code = "config"
 
 
+class Unsupported(MoEError, NotImplementedError):
+    """Something that local modules can do and remote ones cannot: forward-mode differentiation, pickling."""
+
+    code = "unsupported"
+
+
 # --- the conversation went wrong ------------------------------------------------------------------------------------
 
 
@@ -114,6 +123,10 @@ class RemoteError(MoEError):
     """A server answered a call with an error. ``peer`` and ``uid`` tell whose."""
 
     code = "remote"
+
+
+class RemoteSchemaError(RemoteError):
+    """A server says that a request does not fit its expert's schema, although it fits what the client was told of it."""
 
 
 class ExpertNotFound(RemoteError, LookupError):
@@ -195,6 +208,36 @@ class MissingBlocks(RoutingError, LookupError):
     code = "missing_blocks"
 
 
+# --- from the wire ----------------------------------------------------------------------------------------------------
+
+_OF_SERVERS: dict[str, type[MoEError]] = {
+    **{cls.code: cls for cls in (RemoteError, ExpertNotFound, ExpertFailed, NonFiniteError, Refused, Overloaded)},
+    **{cls.code: cls for cls in (DeadlineExceeded, Unavailable, TensorNotHeld, ProtocolError, ReplyTooLarge)},
+    SchemaError.code: RemoteSchemaError,
+    CallTimeout.code: DeadlineExceeded,
+    **{cls.code: Unavailable for cls in (LifecycleError, TransportError, ConnectError, PeerGone)},
+}
+"""What the codes of errors mean that a server answers with. What went wrong between it and others is its own affair."""
+
+
 def error_from_wire(code: str, message: str, *, peer: str | None = None, uid: str | None = None) -> MoEError:
-    """The error a peer reported, as the class it had over there; unknown codes become RemoteError."""
-    return _BY_CODE.get(code, RemoteError)(message, peer=peer, uid=uid)
+    """The error that a server answered with; codes that are unknown, or not for a server to say, become RemoteError."""
+    cls, message = _OF_SERVERS.get(code), printable(message)
+    if cls is None:
+        cls, message = RemoteError, f"{printable(code, 100)}: {message}"
+    return cls(message, peer=peer, uid=uid)
+
+
+def error_named(name: str, message: str, *, peer: str | None = None, uid: str | None = None) -> MoEError | None:
+    """``error_from_wire`` for the name of one of our classes; None: it is none of these."""
+    code = next((code for code, cls in _BY_CODE.items() if cls.__name__ == name), None)
+    return None if code is None else error_from_wire(code, message, peer=peer, uid=uid)
+
+
+def printable(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
+    """What a peer says, on one line, of bounded length, without anything that a terminal would act upon."""
+    if len(text) > max_chars:
+        text = text[: max_chars - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

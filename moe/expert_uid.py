@@ -1,7 +1,8 @@
 """Names of experts. Owns: the grammar of uids and prefixes, grid coordinates, chains of uids. Knows no I/O.
 
 The grammar is hivemind's (hivemind/moe/expert_uid.py): a name without dots, then one or more coordinates without leading
-zeros. A prefix is the same with any number of coordinates and a trailing dot.
+zeros. A prefix is the same with any number of coordinates and a trailing dot. Unlike in hivemind, a name has no spaces (they
+separate the uids of a chain), and nothing else that cannot be seen.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Score = float
 UID_DELIMITER = "."  # separates the name and the coordinates
 CHAIN_DELIMITER = " "  # separates the uids of a chain (a span of blocks run in one request)
 FLAT_EXPERT = -1  # subkey under which hivemind stores an expert with a single coordinate, under the prefix "name.0."
-UID_PATTERN = re.compile("^(([^.])+)([.](?:[0]|([1-9]([0-9]*))))+$")
-PREFIX_PATTERN = re.compile("^(([^.])+)([.](?:[0]|([1-9]([0-9]*))))*[.]$")
+UID_PATTERN = re.compile(r"^(([^.\s])+)([.](?:[0]|([1-9]([0-9]*))))+$")
+PREFIX_PATTERN = re.compile(r"^(([^.\s])+)([.](?:[0]|([1-9]([0-9]*))))*[.]$")
 MAX_UID_LENGTH = 1024  # ours: bounds what a hostile peer can make us look up; hivemind has no limit
 
 
@@ -45,12 +46,16 @@ class ExpertInfo(NamedTuple):
 
 def is_valid_uid(maybe_uid: str) -> bool:
     """True for a name followed by one or more coordinates, such as ``ffn.3.7``."""
-    return len(maybe_uid) <= MAX_UID_LENGTH and bool(UID_PATTERN.fullmatch(maybe_uid))
+    return _may_be_either(maybe_uid) and bool(UID_PATTERN.fullmatch(maybe_uid))
 
 
 def is_valid_prefix(maybe_prefix: str) -> bool:
     """True for a name, any number of coordinates and a trailing dot, such as ``ffn.`` or ``ffn.3.``."""
-    return len(maybe_prefix) <= MAX_UID_LENGTH and bool(PREFIX_PATTERN.fullmatch(maybe_prefix))
+    return _may_be_either(maybe_prefix) and bool(PREFIX_PATTERN.fullmatch(maybe_prefix))
+
+
+def _may_be_either(text: str) -> bool:
+    return len(text) <= MAX_UID_LENGTH and text.isprintable()
 
 
 def split_uid(uid_or_prefix: ExpertUID | ExpertPrefix) -> tuple[ExpertPrefix, Coordinate]:
@@ -99,7 +104,7 @@ class UidPattern:
             if "[" not in block and "]" not in block:
                 self.blocks.append(block)
                 continue
-            matched = re.fullmatch(r"\[(\d+):(\d+)\]", block)
+            matched = re.fullmatch(r"\[([0-9]{1,18}):([0-9]{1,18})\]", block)
             if matched is None or int(matched[1]) >= int(matched[2]):
                 raise ConfigError(
                     f"Expert pattern {pattern} has invalid block {block}: "

@@ -27,6 +27,7 @@ from moe.errors import ProtocolError, SchemaError
 
 DUMMY_BATCH_SIZE = 3  # rows of a dry run, hivemind's constant
 MAX_TENSORS = 4096  # in one schema; ours, bounds what a peer's description can make us build
+MAX_AXES = 64  # of a tensor; numpy's own limit
 MAX_DEPTH = 16  # of nesting in a schema; ours, same reason
 DIGEST_BYTES = 32  # of a tensor: enough that nobody finds two with the same
 
@@ -81,6 +82,8 @@ class TensorProto:
         if len(sizes) == 1 and isinstance(sizes[0], Sequence):
             sizes = tuple(sizes[0])
         dtype = torch.float32 if dtype is None else dtype
+        if len(sizes) + self.batched > MAX_AXES:
+            raise SchemaError(f"a tensor has at most {MAX_AXES} axes, got {len(sizes) + self.batched}")
         for size in sizes:
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
                 raise SchemaError(

@@ -1,4 +1,5 @@
-"""What a test leaves behind: child processes, threads, open descriptors. Owns: what is counted and what is allowed.
+"""What a test leaves behind: child processes, threads, open descriptors; and memory that a process goes on taking. Owns: what
+is counted and what is allowed.
 
 Some things belong to a process, not to a test, and stay after their first use: hivemind's MPFuture has a thread and a
 pipe, multiprocessing a thread, torch a helper process for shared memory, our clients one event loop. They are allowed
@@ -13,6 +14,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +69,22 @@ def find_leaks(before: Snapshot, patience_s: float = PATIENCE_S) -> list[str]:
         gc.collect()  # sockets and pipes in reference cycles
         time.sleep(pause_s)
         pause_s = min(pause_s + 0.02, 0.25)
+
+
+def growth_bytes(measure: Callable[[], int], cycle: Callable[[int], object], cycles: int) -> int:
+    """How much more memory a process has after twice as many cycles. What it takes once, or up to a bound that it reaches in
+    the first half, does not count.
+
+    :param measure: bytes that the process has now; what is free in its heap should not be among them
+    :param cycle: what should leave nothing behind; gets its number
+    :param cycles: in each half
+    """
+    for number in range(cycles):
+        cycle(number)
+    before = measure()
+    for number in range(cycles, 2 * cycles):
+        cycle(number)
+    return measure() - before
 
 
 def _compare(before: Snapshot) -> list[str]:

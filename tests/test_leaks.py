@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 
-from tests.leaks import Snapshot, find_leaks
+from tests.leaks import Snapshot, find_leaks, growth_bytes
 
 
 def test_nothing_is_found_where_nothing_is_left() -> None:
@@ -68,3 +68,9 @@ def test_a_singleton_may_keep_its_descriptors_once() -> None:
         os.close(descriptor)
     release.set()
     thread.join()
+
+
+def test_growth_is_what_each_cycle_adds() -> None:
+    kept = [1000]  # taken once
+    assert growth_bytes(lambda: sum(kept), lambda number: kept.append(number * 0 + 10), 5) == 50
+    assert growth_bytes(lambda: min(100, len(kept)), kept.append, 200) == 0  # up to a bound

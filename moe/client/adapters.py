@@ -25,11 +25,12 @@ from torch import nn
 
 from moe.architectures import IA3, IA3_INPUT, LORA, kwarg_of, linear_of
 from moe.errors import ConfigError
-from moe.schema import ExpertSchema, Nested
+from moe.schema import ExpertSchema, Nested, TensorProto
 
 LORA_TARGETS = ("query", "value", "q_proj", "v_proj")  # what peft adapts by default in encoders and decoders
 IA3_TARGETS = ("key", "value", "k_proj", "v_proj")
 IA3_INPUT_TARGETS = ("output.dense", "down_proj")
+MAX_FEATURES = 2**20  # of a layer, as a schema tells; ours
 PREFIX_STD = 0.02  # as transformers begin their embeddings
 
 _PEFT_SETTINGS, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,7 +109,10 @@ class LoraAdapter(BlockAdapter):
         :raises ConfigError: no linear layer of that name
         """
         per_block = (
-            {name: _lora_pair(proto["a"].sizes[0], proto["b"].sizes[1], rank) for name, proto in chosen.items()}
+            {
+                name: _lora_pair(_size(proto, "a", axes=2, axis=0), _size(proto, "b", axes=2, axis=1), rank)
+                for name, proto in chosen.items()
+            }
             for chosen in _chosen(blocks, LORA, targets)
         )
         return cls(per_block, alpha=rank if alpha is None else alpha)
@@ -146,7 +150,7 @@ class Ia3Adapter(BlockAdapter):
         blocks = list(blocks)
         parts = [_chosen(blocks, kind, names) for kind, names in ((IA3, targets), (IA3_INPUT, input_targets)) if names]
         return cls(
-            {name: torch.ones(proto.sizes) for chosen in per_block for name, proto in chosen.items()}
+            {name: torch.ones(_size(proto)) for chosen in per_block for name, proto in chosen.items()}
             for per_block in zip(*parts)
         )
 
@@ -170,7 +174,7 @@ class PrefixAdapter(BlockAdapter):
         for block in blocks:
             if "prefix" not in block.schema.kwargs:
                 raise ConfigError(f"these blocks take no prefix; they take {list(block.schema.kwargs)}")
-            size = block.schema.kwargs["prefix"]["key"].sizes[-1]
+            size = _size(block.schema.kwargs["prefix"], "key", axes=2, axis=1)
             per_block.append({"prefix": {half: torch.randn(length, size) * std for half in ("key", "value")}})
         return cls(per_block)
 
@@ -179,6 +183,20 @@ def _as_parameters(value: Any) -> Any:
     if isinstance(value, Mapping):
         return nn.ParameterDict({name: _as_parameters(part) for name, part in value.items()})
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())
+
+
+def _size(proto: Any, part: str | None = None, *, axes: int = 1, axis: int = 0) -> int:
+    """A size that a block's schema tells: whoever hosts the block says it.
+
+    :param part: of a nested kwarg
+    :raises ConfigError: it does not tell, or nothing that a layer can have
+    """
+    told = proto if part is None else proto.get(part) if isinstance(proto, Mapping) else None
+    sizes = told.sizes if isinstance(told, TensorProto) else ()
+    size = sizes[axis] if len(sizes) == axes else None
+    if size is None or not 0 < size <= MAX_FEATURES:
+        raise ConfigError(f"a block's schema has {proto} where an adapter needs to know how large the layer is")
+    return size
 
 
 def _lora_pair(inputs: int, outputs: int, rank: int) -> dict[str, torch.Tensor]:

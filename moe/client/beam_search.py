@@ -9,7 +9,6 @@ Shapes: B rows of scores, K experts wanted per row, D grid dimensions, U open pr
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from moe.client.background import in_thread
 from moe.dht import DHT, Successor, Successors, fetch_prefixes, get_dht_time
 from moe.errors import CallTimeout, ConfigError, NoExpertsFound
 from moe.expert_uid import (
@@ -67,7 +67,8 @@ class Branch(NamedTuple):
         """Those successors that lie in the grid. At the last dimension they are the experts themselves."""
         level = prefix.count(UID_DELIMITER)  # of the dimension that the successors are coordinates of
         if len(grid_size) == 1 and level == 2:  # name.3. leads to the expert name.3
-            kept = [FLAT_EXPERT] if FLAT_EXPERT in successors else []
+            flat = successors.get(FLAT_EXPERT)
+            kept = [FLAT_EXPERT] if flat is not None and flat.expert.uid == prefix.rstrip(UID_DELIMITER) else []
         elif 1 < level <= len(grid_size):
             depth = len(grid_size)  # of the experts of this grid; below the same prefix there can be others
             kept = [
@@ -564,18 +565,5 @@ def _to_array(scores: Any) -> _Floats:
 
 
 def _later_if(return_future: bool, function: Callable[[], _Result]) -> Any:
-    """The result, or a future of it: then the function runs in a thread that ends with it."""
-    if not return_future:
-        return function()
-    future: concurrent.futures.Future[_Result] = concurrent.futures.Future()
-
-    def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(function())
-        except BaseException as e:
-            future.set_exception(e)
-
-    threading.Thread(target=run, name="moe.client.beam_search", daemon=True).start()
-    return future
+    """The result, or a future of it."""
+    return in_thread(function) if return_future else function()

@@ -7,6 +7,7 @@ Legend: B = rows of the batch, E = distinct experts, N = (row, expert) pairs gro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,11 +17,10 @@ import torch
 from moe.client.expert import RemoteExpert
 from moe.client.fan_out import Assignment, Indices, Quorum, fan_out
 from moe.client.references import KeptRows
-from moe.client.requests import Gradients
+from moe.client.requests import Described, Gradients
 from moe.errors import MoEError, NonFiniteError, ProtocolError, SchemaError, TooFewExperts
 from moe.schema import Entry, ExpertSchema, validate
 from moe.transport.base import Budget
-from moe.wire.messages import ExpertDescription
 
 
 class NonFiniteInput(NonFiniteError, ValueError):
@@ -60,24 +60,6 @@ class CallMany:
         """The inputs, flat."""
         return self.schema.input_entries(self.present)
 
-    def check(self, inputs: Sequence[torch.Tensor], *, finite: bool) -> None:
-        """Raise unless the inputs fit the schema, and the schema a mixture.
-
-        :param finite: also refuse nan and inf
-        :raises SchemaError: what does not fit
-        :raises NonFiniteInput: what is not finite
-        """
-        if not self.entries[0].proto.batched:
-            raise SchemaError(f"{self.entries[0].path} is global to the call, so that there are no rows to route")
-        for entry in self.schema.output_entries:
-            if not entry.proto.batched:
-                raise SchemaError(f"{entry.path} is global to the call ({entry.proto}): such experts cannot be mixed")
-        if not self.schema.output_entries:
-            raise SchemaError("these experts return nothing that could be mixed")
-        validate(self.entries, inputs, rows=self.assignment.batch_size)
-        if finite:
-            check_finite(self.entries, inputs, "inputs")
-
     def quorum(self, needed_B: Indices, *, zeros_allowed: bool) -> Quorum:
         """Counts the answers of these experts."""
         return Quorum(self.assignment.rows_E, needed_B, zeros_allowed=zeros_allowed)
@@ -103,20 +85,36 @@ class CallMany:
     ) -> list[list[torch.Tensor] | MoEError]:
         """Outputs of each expert for its rows, or why there are none."""
         timeout_s = budget.left_s()
-        sizes: list[list[torch.Size]] = []  # of the answers so far: "any length" must be the same for all
 
         async def one(request: Request) -> list[torch.Tensor]:
+            described = await request.expert.caller.describe(budget)
+            if not _return_the_same(described[1], self.schema):
+                raise SchemaError(f"it returns {described[1].outputs}, other experts {self.schema.outputs}")
             kept = None if self.kept is None else self.kept.setdefault(request.expert.uid, {})
-            outputs = await request.expert.caller.forward(request.tensors, self.present, budget, kept)
+            caller = request.expert.caller
+            outputs = await caller.forward(request.tensors, self.present, budget, kept, described=described)
             validate(self.schema.output_entries, outputs, rows=len(request.rows), what="outputs")
-            own = [output.shape[1:] for output in outputs]
-            if sizes and own != sizes[0]:
-                raise ProtocolError(f"its outputs have sizes {own}, those of other experts {sizes[0]}")
-            sizes.append(own)
             return outputs
 
         calls = [one(request) for request in requests]
-        return await fan_out(calls, quorum, timeout_s=timeout_s, after_quorum_s=after_quorum_s)
+        results = await fan_out(calls, quorum, timeout_s=timeout_s, after_quorum_s=after_quorum_s)
+        return self._of_equal_sizes(results, quorum)
+
+    def _of_equal_sizes(
+        self, results: list[list[torch.Tensor] | MoEError], quorum: Quorum
+    ) -> list[list[torch.Tensor] | MoEError]:
+        """Lengths that a schema leaves open must be the same for all: those that most experts say, of as many the first."""
+        sizes = [None if isinstance(r, MoEError) else tuple(output.shape[1:] for output in r) for r in results]
+        counts = Counter(size for size in sizes if size is not None)
+        if len(counts) < 2:
+            return results
+        common = counts.most_common(1)[0][0]
+        for i, size in enumerate(sizes):
+            if size is not None and size != common:
+                message = f"its outputs have sizes {list(size)}, those of other experts {list(common)}"
+                results[i] = ProtocolError(message, peer=self.experts[i].peer_id.to_base58(), uid=self.experts[i].uid)
+                quorum.withdraw(i)
+        return results
 
     async def backward(
         self,
@@ -135,11 +133,12 @@ class CallMany:
         timeout_s = budget.left_s()
 
         async def one(request: Request, grads: Sequence[torch.Tensor]) -> Gradients:
-            description, _ = await request.expert.caller.describe(budget)
-            if not description.trainable and not any(wants):
+            caller = request.expert.caller
+            described = await caller.describe(budget)
+            if not described[0].trainable and not any(wants):
                 return [None] * len(wants)
             kept = None if self.kept is None else self.kept.get(request.expert.uid)
-            return await request.expert.caller.backward(request.tensors, grads, self.present, wants, budget, kept)
+            return await caller.backward(request.tensors, grads, self.present, wants, budget, kept, described=described)
 
         grads_E = zip(*(grad.split_with_sizes([len(r.rows) for r in requests]) for grad in grad_outputs))
         calls = [one(request, grads) for request, grads in zip(requests, grads_E)]
@@ -193,14 +192,46 @@ class CallMany:
         return totals
 
 
+def _return_the_same(one: ExpertSchema, other: ExpertSchema) -> bool:
+    """Are their outputs of the same kinds? Looked at before anything is sent, as one says how large its answer may be."""
+    if one is other:
+        return True
+    outputs = [
+        [(entry.path, entry.proto.batched, entry.proto.dtype, entry.proto.sizes) for entry in schema.output_entries]
+        for schema in (one, other)
+    ]
+    return outputs[0] == outputs[1]
+
+
 async def describe_any(
-    experts: Sequence[RemoteExpert], budget: Budget
-) -> list[tuple[ExpertDescription, ExpertSchema] | MoEError]:
-    """Ask all experts at once what they take; wait for the first one to tell."""
+    experts: Sequence[RemoteExpert], budget: Budget, *, after_first_s: float = 0.0
+) -> list[Described | MoEError]:
+    """Ask all experts at once what they take; wait for the first one to tell.
+
+    :param after_first_s: how long to wait for the others then
+    """
     any_of_them = Quorum([np.zeros(1, np.int64)] * len(experts), np.ones(1, np.int64), zeros_allowed=False)
     timeout_s = budget.left_s()
     asked = [expert.caller.describe(budget) for expert in experts]
-    return await fan_out(asked, any_of_them, timeout_s=timeout_s, after_quorum_s=0.0)
+    return await fan_out(asked, any_of_them, timeout_s=timeout_s, after_quorum_s=after_first_s)
+
+
+def check_mixable(
+    schema: ExpertSchema, present: Sequence[str], inputs: Sequence[torch.Tensor], batch_size: int
+) -> None:
+    """Raise unless the inputs fit the schema, and the schema a mixture.
+
+    :raises SchemaError: what does not fit
+    """
+    entries = schema.input_entries(present)
+    if not entries[0].proto.batched:
+        raise SchemaError(f"{entries[0].path} is global to the call, so that there are no rows to route")
+    for entry in schema.output_entries:
+        if not entry.proto.batched:
+            raise SchemaError(f"{entry.path} is global to the call ({entry.proto}): such experts cannot be mixed")
+    if not schema.output_entries:
+        raise SchemaError("these experts return nothing that could be mixed")
+    validate(entries, inputs, rows=batch_size)
 
 
 def check_finite(entries: Sequence[Entry], tensors: Sequence[torch.Tensor], what: str) -> None:

@@ -6,22 +6,22 @@ Thin: requests, retries and checks are ``ExpertCaller``'s. Must not know: gating
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
 
+from moe.client.background import in_thread
 from moe.client.calls import ExpertCaller
 from moe.client.references import KeptRows
-from moe.client.requests import Gradients
+from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
+from moe.client.requests import Described, Gradients
 from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
-from moe.errors import LifecycleError, SchemaError
+from moe.errors import LifecycleError, ProtocolError, SchemaError
 from moe.expert_uid import ExpertInfo, PeerIDLike
 from moe.schema import ExpertSchema, Nested, cast_inputs
 from moe.transport.auto import AutoTransport
@@ -34,6 +34,15 @@ SEARCH_TIMEOUT_S = 300.0  # of a search by a client that sets itself no limit: n
 
 _transports: weakref.WeakKeyDictionary[Any, dict[str, AutoTransport]] = weakref.WeakKeyDictionary()
 _making_transports = threading.Lock()
+
+
+def _after_fork() -> None:
+    """The lock may be held, for ever, by a thread that was not forked."""
+    global _making_transports
+    _making_transports = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> ExpertTransport:
@@ -65,7 +74,7 @@ def _close_soon(transport: ExpertTransport) -> None:
             loop.submit(transport.close())
 
 
-class RemoteExpert(nn.Module):
+class RemoteExpert(RemoteModule):
     """Calls an expert hosted by other peers; autograd flows to batched and to global inputs.
 
     A call sends tensors to the server as CPU tensors in the schema's dtype, and brings outputs back to the device of the
@@ -76,6 +85,8 @@ class RemoteExpert(nn.Module):
     :param replicas: further servers of the same expert, tried when the first one fails
     :param config: deadlines, retries; a failing call raises within ``config.total_timeout_s``
     """
+
+    shared = ("_info", "caller", "config")
 
     def __init__(
         self,
@@ -141,6 +152,7 @@ class RemoteExpert(nn.Module):
 
     # --- calls -----------------------------------------------------------------------------------------------------------
 
+    @untraced
     def forward(
         self,
         *args: Nested,
@@ -153,9 +165,10 @@ class RemoteExpert(nn.Module):
         :param args: positional inputs, nested as its schema
         :param batch_kwargs: kwargs that you hold to be batched; checked against the schema
         :param global_kwargs: kwargs that you hold to be global to the call; checked against the schema
-        :param kwargs: keyword inputs, in any order
+        :param kwargs: keyword inputs, in any order; None for an optional one: as if it were left out
         :returns: outputs, nested as its schema
         :raises SchemaError: inputs that do not fit, before anything is sent
+        :raises Unsupported: a derivative is wanted that servers do not compute
         :raises MoEError: no answer within the time budget, or an error of the server
         """
         budget = Budget(self.config.total_timeout_s)
@@ -171,18 +184,39 @@ class RemoteExpert(nn.Module):
         global_kwargs: Mapping[str, Nested] | None = None,
     ) -> Nested:
         """``forward`` within a time budget that the caller shares between several experts."""
-        description, schema = self.describe(budget)
-        kwargs = merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs)
+        described = self.describe(budget)
+
+        def call(described: Described) -> Nested:
+            return self._call(described, budget, args, merge_kwargs(described[1], kwargs, batch_kwargs, global_kwargs))
+
+        try:
+            return call(described)
+        except (SchemaError, ProtocolError) as e:
+            other = None
+            if len(self.caller.peers) > 1:  # the server that has told what it takes may be the one that is wrong
+                other = client_loop().run(self.caller.describe_otherwise(described, budget))
+            if other is None:
+                raise
+            with contextlib.suppress(SchemaError, ProtocolError):
+                return call(other)
+            raise e from None
+
+    def _call(
+        self, described: Described, budget: Budget, args: Sequence[Nested], kwargs: Mapping[str, Nested]
+    ) -> Nested:
+        description, schema = described
         try:
             present, tensors = schema.bind(args, kwargs)
         except SchemaError as e:
             hint = "" if description.native else " (a stock hivemind server, which takes no global or optional kwargs)"
             raise SchemaError(f"{e.message}{hint}", uid=self.uid) from None
-        if torch.is_grad_enabled() and (description.trainable or any(tensor.requires_grad for tensor in tensors)):
+        grad = torch.is_grad_enabled() and (description.trainable or any(tensor.requires_grad for tensor in tensors))
+        check_differentiable(tensors, grad=grad)
+        if grad:
             apply: Callable[..., tuple[torch.Tensor, ...]] = _RemoteExpertCall.apply
             trigger = grad_trigger(description.trainable)
-            return schema.pack_outputs(apply(trigger, self.caller, schema, present, budget, *tensors))
-        return schema.pack_outputs(_forward(self.caller, schema, present, budget, None, tensors))
+            return schema.pack_outputs(apply(trigger, self.caller, described, present, budget, *tensors))
+        return schema.pack_outputs(_forward(self.caller, described, present, budget, None, tensors))
 
 
 def merge_kwargs(
@@ -191,7 +225,7 @@ def merge_kwargs(
     batch_kwargs: Mapping[str, Nested] | None,
     global_kwargs: Mapping[str, Nested] | None,
 ) -> dict[str, Nested]:
-    """All keyword inputs of a call, however they were given.
+    """All keyword inputs of a call, however they were given. None for an optional one is the same as leaving it out.
 
     :raises SchemaError: a kwarg given twice, or called what it is not
     """
@@ -200,7 +234,8 @@ def merge_kwargs(
     twice = (kwargs.keys() & batched.keys()) | (kwargs.keys() & shared.keys()) | (batched.keys() & shared.keys())
     if twice:
         raise SchemaError(f"kwargs {sorted(twice)} are given more than once")
-    return {**kwargs, **batched, **shared}
+    merged = {**kwargs, **batched, **shared}
+    return {name: value for name, value in merged.items() if value is not None or name not in schema.optional}
 
 
 def grad_trigger(trainable: bool) -> torch.Tensor:
@@ -216,53 +251,55 @@ class _RemoteExpertCall(torch.autograd.Function):
         ctx: Any,
         trigger: torch.Tensor,
         caller: ExpertCaller,
-        schema: ExpertSchema,
+        described: Described,
         present: tuple[str, ...],
         budget: Budget,
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         kept: KeptRows = {}
-        ctx.caller, ctx.schema, ctx.present, ctx.kept = caller, schema, present, kept
+        ctx.caller, ctx.described, ctx.present, ctx.kept = caller, described, present, kept
         ctx.save_for_backward(*inputs)
-        outputs = _forward(caller, schema, present, budget, kept, inputs)
+        outputs = _forward(caller, described, present, budget, kept, inputs)
         ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @differentiable_once
+    def backward(
+        ctx: Any, inputs: tuple[torch.Tensor, ...], *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         caller: ExpertCaller = ctx.caller
-        inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
-        schema: ExpertSchema = ctx.schema
+        schema: ExpertSchema = ctx.described[1]
         wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[5:], inputs)]
         grads = [
-            grad.detach().to("cpu", entry.proto.dtype)
+            grad.detach().to("cpu", entry.proto.dtype).contiguous()
             for grad, entry in zip(grad_outputs, schema.output_entries)
             if entry.proto.is_floating_point
         ]
         sent = to_wire(schema, ctx.present, inputs)
         budget = Budget(caller.config.total_timeout_s)
-        received = caller.backward_blocking(sent, grads, ctx.present, wants, budget, ctx.kept)
+        received = caller.backward_blocking(sent, grads, ctx.present, wants, budget, ctx.kept, ctx.described)
         return (None, None, None, None, None, *from_wire(received, inputs))
 
 
 def _forward(
     caller: ExpertCaller,
-    schema: ExpertSchema,
+    described: Described,
     present: tuple[str, ...],
     budget: Budget,
     kept: KeptRows | None,
     inputs: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Flat outputs, on the device of the first input."""
-    outputs = caller.forward_blocking(to_wire(schema, present, inputs), present, budget, kept)
+    sent = to_wire(described[1], present, inputs)
+    outputs = caller.forward_blocking(sent, present, budget, kept, described)
     device = inputs[0].device if inputs else "cpu"  # every kwarg may be optional
     return [output.to(device) for output in outputs]
 
 
 def to_wire(schema: ExpertSchema, present: tuple[str, ...], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Inputs as they are sent: on CPU, floating-point ones in the schema's dtype, without autograd history."""
-    return [t.detach().cpu() for t in cast_inputs(schema.input_entries(present), inputs)]
+    """Inputs as they are sent: contiguous, on CPU, floating-point ones in the schema's dtype, without autograd history."""
+    return [t.detach().cpu().contiguous() for t in cast_inputs(schema.input_entries(present), inputs)]
 
 
 def from_wire(grads: Gradients, inputs: Sequence[torch.Tensor]) -> Gradients:
@@ -286,7 +323,7 @@ def create_remote_experts(
     :param return_future: give a concurrent Future of the list instead of waiting
     """
     if return_future:
-        return _later(lambda: create_remote_experts(_resolved(infos), dht, config=config))
+        return in_thread(lambda: create_remote_experts(_resolved(infos), dht, config=config))
     return [_create(info, dht, config) for info in _resolved(infos)]
 
 
@@ -299,7 +336,7 @@ def batch_create_remote_experts(
 ) -> Any:
     """The same for a list of lists."""
     if return_future:
-        return _later(lambda: batch_create_remote_experts(_resolved(infos), dht, config=config))
+        return in_thread(lambda: batch_create_remote_experts(_resolved(infos), dht, config=config))
     return [create_remote_experts(row, dht, config=config) for row in _resolved(infos)]
 
 
@@ -328,7 +365,7 @@ def get_experts(
         found = find_experts(dht, list(uids), expiration_time, timeout_s=timeout_s)
         return cast("list[RemoteExpert | None]", create_remote_experts(found, dht, config=config))
 
-    return _later(search) if return_future else search()
+    return in_thread(search) if return_future else search()
 
 
 def _create(info: Any, dht: DHT, config: ClientConfig | None) -> RemoteExpert | None:
@@ -342,13 +379,3 @@ def _create(info: Any, dht: DHT, config: ClientConfig | None) -> RemoteExpert | 
 
 def _resolved(maybe_future: Any) -> Any:
     return maybe_future.result(ClientConfig().total_timeout_s) if hasattr(maybe_future, "result") else maybe_future
-
-
-def _later(work: Any) -> Future[Any]:
-    """Run blocking work in a thread of the client loop's executor."""
-    loop = client_loop()
-
-    async def run() -> Any:
-        return await loop.loop.run_in_executor(None, work)
-
-    return loop.submit(run())

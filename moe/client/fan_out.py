@@ -130,6 +130,10 @@ class Quorum:
             np.add.at(self._answered_B, rows, 1)
         self._outstanding -= 1
 
+    def withdraw(self, expert: int) -> None:
+        """An expert's answer turned out to be none."""
+        np.subtract.at(self._answered_B, self._rows_E[expert], 1)
+
     @property
     def reached(self) -> bool:
         """True once every row has the answers it needs, or nobody left who could give any."""

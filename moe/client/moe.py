@@ -9,23 +9,24 @@ Legend: B = rows of the batch, K = experts per row, E = distinct experts, N = (r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from moe.client.beam_search import MoEBeamSearcher
-from moe.client.call_many import CallMany, NonFiniteInput, check_finite, describe_any
+from moe.client.call_many import CallMany, NonFiniteInput, check_finite, check_mixable, describe_any
 from moe.client.expert import RemoteExpert, from_wire, merge_kwargs, to_wire, transport_of
 from moe.client.fan_out import Abandoned, Assignment, CutOff, Quorum, name_rows
 from moe.client.references import KeptRows
+from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
 from moe.client.requests import Gradients
 from moe.config import ClientConfig, check_positive, replace_known
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = ClientConfig(max_retries=1)  # ours, not measured
 MAX_REMEMBERED_EXPERTS = 4096  # whose description is kept; ours, a few KiB each
 MAX_NAMED_EXPERTS = 8  # in a message
+OTHER_OPINIONS_S = 2.0  # waited for what other experts say that they take, if it is not what the first one says; ours
 RESOLVE_TIMEOUT_S = 15.0  # to learn from the DHT how to open connections; once per process
 
 
@@ -97,7 +99,7 @@ class MoEStatistics:
     total_backward_failures: int = 0
 
 
-class RemoteMixtureOfExperts(nn.Module):
+class RemoteMixtureOfExperts(RemoteModule):
     """Mixes the outputs of the ``k_best`` remote experts that a local gate scores highest, row by row.
 
     An expert that fails in forward is left out of the mixture; one that fails in backward counts as a constant. Outputs
@@ -124,6 +126,8 @@ class RemoteMixtureOfExperts(nn.Module):
     :param beam_search: chooses experts in place of a MoEBeamSearcher
     :raises ConfigError: settings that make no sense or contradict each other
     """
+
+    shared = ("dht", "config", "beam_search", "_experts", "_typical", "_numbers")
 
     def __init__(
         self,
@@ -170,6 +174,11 @@ class RemoteMixtureOfExperts(nn.Module):
         self._numbers = itertools.count(1)  # of calls
         self._latest_call = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteMixtureOfExperts:
+        copied = super().__deepcopy__(memo)
+        copied._experts = dict(self._experts)
+        return copied
+
     def extra_repr(self) -> str:
         """For repr."""
         grid = f"uid_prefix={self.beam_search.uid_prefix!r}, grid_size={tuple(self.beam_search.grid_size)}"
@@ -194,6 +203,7 @@ class RemoteMixtureOfExperts(nn.Module):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
+    @untraced
     def forward(
         self,
         input: torch.Tensor,
@@ -211,6 +221,7 @@ class RemoteMixtureOfExperts(nn.Module):
         :param kwargs: keyword inputs; batched ones are dispatched with their rows, global ones go to every expert whole
         :returns: averaged outputs, nested as the experts return them
         :raises SchemaError: inputs that do not fit, before anything is sent
+        :raises Unsupported: a derivative is wanted that servers do not compute
         :raises NoExpertsFound: no live expert is known
         :raises TooFewExperts: fewer than k_min answered for some rows
         """
@@ -263,24 +274,26 @@ class RemoteMixtureOfExperts(nn.Module):
         global_kwargs: Mapping[str, Nested] | None,
     ) -> Answers:
         """Find the best experts of each row and call them; gradients flow from the answers to args and kwargs."""
+        check_differentiable([arg for arg in args if isinstance(arg, torch.Tensor)], grad=torch.is_grad_enabled())
         budget, started = self._forward_budget(), time.perf_counter()
         assignment = self._search(grid_scores, budget)
         searched = time.perf_counter()
         experts = self._remote_experts(assignment.experts_E, budget)
-        schema = self._describe(experts, budget)
-        present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
-        trains = any(expert.caller.known is None or expert.caller.known[0].trainable for expert in experts)
-        kept: dict[str, KeptRows] | None = None
-        if torch.is_grad_enabled() and (trains or any(tensor.requires_grad for tensor in tensors)):
-            kept = {}
-        call = CallMany(next(self._numbers), schema, present, assignment, tuple(experts), kept)
-        sent = to_wire(schema, present, tensors)
-        call.check(sent, finite=self.detect_anomalies)
 
-        k_min = self.k_min if self.allow_zero_outputs else max(self.k_min, 1)
-        quorum = call.quorum(np.full(assignment.batch_size, k_min), zeros_allowed=self.allow_zero_outputs)
-        outputs_E = client_loop().run(call.forward(call.requests(sent), quorum, budget, self.timeout_after_k_min))
-        failures = self._note_failures(experts, outputs_E, FORWARD)
+        def bind(schema: ExpertSchema) -> _Bound:
+            present, tensors = schema.bind(args, merge_kwargs(schema, kwargs, batch_kwargs, global_kwargs))
+            sent = to_wire(schema, present, tensors)
+            check_mixable(schema, present, sent, assignment.batch_size)
+            return _Bound(schema, present, tensors, sent)
+
+        bound = self._bind(bind, experts, budget)
+        call, quorum, outputs_E, failures = self._ask(bound, assignment, experts, budget)
+        nobody = experts and all(isinstance(outputs, MoEError) for outputs in outputs_E)
+        if nobody and self._typical is None:  # perhaps since the one that has told what all return told a lie
+            other = self._bind_otherwise(bound.schema, bind, experts, budget)
+            if other is not None:
+                bound = other
+                call, quorum, outputs_E, failures = self._ask(bound, assignment, experts, budget)
         self._latest_call = call.number
         self._statistics = MoEStatistics(
             rows_per_expert={expert.uid: len(rows) for expert, rows in zip(experts, assignment.rows_E)},
@@ -290,12 +303,33 @@ class RemoteMixtureOfExperts(nn.Module):
             total_forward_failures=self._statistics.total_forward_failures + len(failures),
             total_backward_failures=self._statistics.total_backward_failures,
         )
-        self._check_quorum(quorum, FORWARD, k_min, failures)
+        self._check_quorum(quorum, FORWARD, self._forward_k_min, failures)
 
         answered_call = call.keep([not isinstance(outputs, MoEError) for outputs in outputs_E])
-        flat = answered_call.join_outputs([o for o in outputs_E if not isinstance(o, MoEError)], sent)
+        flat = answered_call.join_outputs([o for o in outputs_E if not isinstance(o, MoEError)], bound.sent)
+        tensors = bound.tensors
         outputs = _attach(self, answered_call, [output.to(tensors[0].device) for output in flat], tensors)
-        return Answers(answered_call.assignment, schema, outputs, tensors[0].dtype)
+        return Answers(answered_call.assignment, bound.schema, outputs, tensors[0].dtype)
+
+    def _ask(
+        self, bound: _Bound, assignment: Assignment, experts: Sequence[RemoteExpert], budget: Budget
+    ) -> tuple[CallMany, Quorum, list[list[torch.Tensor] | MoEError], dict[str, MoEError]]:
+        """Call the experts: the call, who has answered which rows, outputs of each expert or why there are none, failures."""
+        grad = torch.is_grad_enabled() and (any(map(_trains, experts)) or any(t.requires_grad for t in bound.tensors))
+        check_differentiable(bound.tensors, grad=grad)
+        kept: dict[str, KeptRows] | None = {} if grad else None
+        call = CallMany(next(self._numbers), bound.schema, bound.present, assignment, tuple(experts), kept)
+        if self.detect_anomalies:
+            check_finite(call.entries, bound.sent, "inputs")
+        needed_B = np.full(assignment.batch_size, self._forward_k_min)
+        quorum = call.quorum(needed_B, zeros_allowed=self.allow_zero_outputs)
+        requests = call.requests(bound.sent)
+        outputs_E = client_loop().run(call.forward(requests, quorum, budget, self.timeout_after_k_min))
+        return call, quorum, outputs_E, self._note_failures(experts, outputs_E, FORWARD)
+
+    @property
+    def _forward_k_min(self) -> int:
+        return self.k_min if self.allow_zero_outputs else max(self.k_min, 1)
 
     def _forward_budget(self) -> Budget:
         return Budget(self.config.total_timeout_s if self.forward_timeout is None else self.forward_timeout)
@@ -320,12 +354,39 @@ class RemoteMixtureOfExperts(nn.Module):
             self._experts[info] = expert
             experts.append(expert)
         for info in list(self._experts)[: max(0, len(self._experts) - MAX_REMEMBERED_EXPERTS)]:
-            del self._experts[info]
+            self._experts.pop(info, None)  # another thread may have done so
         return experts
+
+    def _bind(self, bind: Callable[[ExpertSchema], _Bound], experts: Sequence[RemoteExpert], budget: Budget) -> _Bound:
+        """The call's tensors, matched to what the experts take. If they do not fit what one expert has told, they may fit what
+        the others tell."""
+        schema = self._describe(experts, budget)
+        try:
+            return bind(schema)
+        except SchemaError:
+            bound = self._bind_otherwise(schema, bind, experts, budget)
+            if bound is None:
+                raise
+            return bound
+
+    def _bind_otherwise(
+        self,
+        schema: ExpertSchema,
+        bind: Callable[[ExpertSchema], _Bound],
+        experts: Sequence[RemoteExpert],
+        budget: Budget,
+    ) -> _Bound | None:
+        for expert, other in self._described_otherwise(schema, experts, budget):
+            with contextlib.suppress(SchemaError):
+                bound = bind(other)
+                self._typical = expert, other
+                return bound
+        return None
 
     def _describe(self, experts: Sequence[RemoteExpert], budget: Budget) -> ExpertSchema:
         """The schema that calls are matched to: that of the first expert to tell."""
-        if self._typical is None:
+        typical = self._typical
+        if typical is None:
             if not experts:
                 return self._describe_any(budget)[1]
             described = client_loop().run(describe_any(experts, budget))
@@ -337,17 +398,37 @@ class RemoteMixtureOfExperts(nn.Module):
             raise TooFewExperts(
                 f"none of {len(experts)} experts that were found says what it takes: {error}"
             ) from error
-        return self._typical[1]
+        return typical[1]
+
+    @staticmethod
+    def _described_otherwise(
+        schema: ExpertSchema, experts: Sequence[RemoteExpert], budget: Budget
+    ) -> list[tuple[RemoteExpert, ExpertSchema]]:
+        """Other schemas that experts tell, those of most experts first, and one expert of each."""
+        if len(experts) < 2:
+            return []
+        others: list[list[tuple[RemoteExpert, ExpertSchema]]] = []
+        described = client_loop().run(describe_any(experts, budget, after_first_s=OTHER_OPINIONS_S))
+        for expert, known in zip(experts, described):
+            if isinstance(known, MoEError) or known[1] == schema:
+                continue
+            same = next((group for group in others if group[0][1] == known[1]), None)
+            if same is None:
+                others.append([(expert, known[1])])
+            else:
+                same.append((expert, known[1]))
+        return [group[0] for group in sorted(others, key=len, reverse=True)]
 
     def _describe_any(self, budget: Budget) -> tuple[RemoteExpert, ExpertSchema]:
-        if self._typical is None:
+        typical = self._typical
+        if typical is None:
             scores = [np.zeros((1, size), np.float32) for size in self.beam_search.grid_size]
             (found,) = self.beam_search.search(scores, 1, timeout_s=budget.left_s())
             if not found:
                 raise self.beam_search.no_experts_found()
-            self._describe(self._remote_experts(found, budget), budget)
-        assert self._typical is not None
-        return self._typical
+            experts = self._remote_experts(found, budget)
+            typical = experts[0], self._describe(experts, budget)
+        return typical
 
     def _note_failures(
         self, experts: Sequence[RemoteExpert], results: Sequence[Any], stage: str
@@ -389,7 +470,7 @@ class RemoteMixtureOfExperts(nn.Module):
         budget = Budget(self.config.total_timeout_s if self.backward_timeout is None else self.backward_timeout)
         started = time.perf_counter()
         outputs = [(e, grad) for e, grad in zip(call.schema.output_entries, grad_outputs) if e.proto.is_floating_point]
-        grads = [grad.detach().to("cpu", entry.proto.dtype) for entry, grad in outputs]
+        grads = [grad.detach().to("cpu", entry.proto.dtype).contiguous() for entry, grad in outputs]
         if self.detect_anomalies:
             check_finite([entry for entry, _ in outputs], grads, "gradients")
         sent = to_wire(call.schema, call.present, inputs)
@@ -413,6 +494,26 @@ def _reasons(failures: Mapping[str, MoEError]) -> str:
     brief = [f"{uid}: {type(error).__name__}: {error.message:.120}" for uid, error in failures.items()]
     more = f"; and {len(brief) - MAX_NAMED_EXPERTS} more" if len(brief) > MAX_NAMED_EXPERTS else ""
     return " ".join("; ".join(brief[:MAX_NAMED_EXPERTS]).split()) + more
+
+
+class _Bound(NamedTuple):
+    """The tensors of a call, matched to a schema.
+
+    :ivar present: the optional kwargs given
+    :ivar tensors: flat, as they are
+    :ivar sent: as they are sent
+    """
+
+    schema: ExpertSchema
+    present: tuple[str, ...]
+    tensors: list[torch.Tensor]
+    sent: list[torch.Tensor]
+
+
+def _trains(expert: RemoteExpert) -> bool:
+    """Does it want gradients for itself? Perhaps, as long as it has not told."""
+    known = expert.caller.known
+    return known is None or known[0].trainable
 
 
 # --- between the calls and the module ----------------------------------------------------------------------------------
@@ -448,7 +549,7 @@ def _attach(
     owner: RemoteMixtureOfExperts, call: CallMany, answers: list[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """The answers as results of the inputs they were computed from."""
-    trainable = any(expert.describe()[0].trainable for expert in call.experts)
+    trainable = any(map(_trains, call.experts))
     trigger = torch.empty(0, requires_grad=trainable)  # calls backward although no input requires a gradient
     attached: tuple[torch.Tensor, ...] = _MixtureCall.apply(trigger, owner, call, answers, *inputs)  # type: ignore[no-untyped-call]
     return attached
@@ -472,9 +573,10 @@ class _MixtureCall(torch.autograd.Function):
         return tuple(answers)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs: tuple[torch.Tensor, ...] = ctx.saved_tensors
+    @differentiable_once
+    def backward(
+        ctx: Any, inputs: tuple[torch.Tensor, ...], *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         wants = [needed and tensor.is_floating_point() for needed, tensor in zip(ctx.needs_input_grad[4:], inputs)]
         grads = ctx.owner._backward(ctx.call, inputs, grad_outputs, wants)
         return (None, None, None, None, *from_wire(grads, inputs))

@@ -2,8 +2,9 @@
 to rely on it, and sending the tensors after all when it does not hold them.
 
 Two kinds: *global* tensors (an adapter) by the digest of their contents, from the second request on; *inputs* of a forward by
-its request id, in the backward that follows. A server that has dropped a tensor says so before it takes anything, and gets the
-same request with the tensors in it: nobody's failure. A server that drops things all the time is not relied upon for a while.
+its request id, in the backward that follows, if all inputs are still what they were. A server that has dropped a tensor says so
+before it takes anything, and gets the same request with the tensors in it: nobody's failure. A server that drops things all the
+time is not relied upon for a while.
 
 ``SentTensors`` and ``Pauses`` decide and read no clock; ``Referring`` does the calls. Must not know: retries, autograd.
 Everything runs in the client's event loop.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import torch
 
-from moe.client.digests import Contents, Digests
+from moe.client.digests import Contents, Digests, fingerprint
 from moe.errors import ConnectError, PeerGone, TensorNotHeld
 from moe.expert_uid import PeerIDLike
 from moe.schema import Entry
@@ -30,7 +32,7 @@ from moe.wire.messages import MAX_HEADER_BYTES, MAX_HELD, MIN_HELD_BYTES, encode
 
 KEEP_FROM_BYTES = 2**20  # inputs that are smaller, together, are sent again as fast over a Unix socket; decision 0009
 _DIGEST_IN_THREAD_BYTES = 2**20  # more is digested off the event loop; ours, about 1 ms
-_LOOK_IN_THREAD_BYTES = 2**22  # likewise, for looks, which are quicker
+_LOOK_IN_THREAD_BYTES = 2**22  # likewise, for looks, which are quicker; both of all tensors of a request together
 _ONE_UPLOAD_BYTES = 2**20  # a larger tensor is sent by one request while others that need it wait; ours
 _MAX_WAIT_S = 5.0  # they wait no longer than this
 _ONE_EPISODE_S = 1.0  # misses within this time have one cause, such as a server that was started again
@@ -43,11 +45,13 @@ class Kept:
     """Which inputs of one forward a server keeps for its backward. Written by the forward.
 
     :ivar peer: base58, who keeps them; empty: nobody
+    :ivar contents: of all inputs, kept or not: a server that keeps some may keep what it has computed from all of them
     """
 
     peer: str = ""
     request_id: bytes = b""
     positions: tuple[int, ...] = ()
+    contents: bytes = b""
 
 
 KeptRows = dict[tuple[int, int], Kept]
@@ -139,11 +143,11 @@ class Referring:
     """
 
     def __init__(self, transport: ExpertTransport):
-        self._transport = weakref.ref(transport)
+        self._transport, self._pid = weakref.ref(transport), os.getpid()
         self.digests, self.sent = Digests(), SentTensors()
         self._globals, self._inputs = Pauses(), Pauses()
         self._uploads: dict[tuple[str, Hashable], asyncio.Future[None]] = {}
-        self._computing: dict[Hashable, asyncio.Future[bytes]] = {}
+        self._computing: dict[bytes, asyncio.Future[bytes]] = {}
 
     def __repr__(self) -> str:
         return f"Referring({self.digests!r}, {len(self.sent)} sent)"
@@ -152,7 +156,7 @@ class Referring:
     def over(cls, transport: ExpertTransport) -> Referring:
         """The one of this transport: a server knows its tensors by the peer that has sent them."""
         referring = _of_transports.get(transport)
-        if referring is None:
+        if referring is None or referring._pid != os.getpid():  # else with locks and futures of the parent's threads
             referring = _of_transports[transport] = cls(transport)
         return referring
 
@@ -179,12 +183,12 @@ class Referring:
         loop, name = asyncio.get_running_loop(), peer.to_base58()
         end = None if timeout_s is None else loop.time() + timeout_s
         large = [i for i, tensor in enumerate(call.tensors[: len(inputs)]) if tensor.nbytes >= MIN_HELD_BYTES]
-        hopes = _Hopes()
+        hopes, told = _Hopes(), None
         if not self._globals.paused(name, loop.time()):
             hopes.shared = [i for i in large if not inputs[i].proto.batched]
         if call.method == FORWARD:
             hopes.keep = kept is not None and not self._inputs.paused(name, loop.time())
-        elif kept is not None and kept.peer == name:
+        elif kept is not None and kept.peer == name and kept.contents == await _contents_of(call, inputs):
             hopes.by_id = dict.fromkeys(kept.positions[:MAX_HELD], kept.request_id)
         while True:
             others = [i for i in hopes.shared if i not in hopes.by_id][: MAX_HELD - len(hopes.by_id)]
@@ -201,6 +205,8 @@ class Referring:
             if sum(call.tensors[i].nbytes for i in keep) < KEEP_FROM_BYTES:
                 keep = []
             request = _referring(call, held, hold, bool(keep))
+            if keep and told is None:  # while the request is on its way
+                told = asyncio.ensure_future(_contents_of(call, inputs))
             uploads = {(name, contents[i].mark) for i in hold if call.tensors[i].nbytes >= _ONE_UPLOAD_BYTES}
             with self._uploading(uploads):
                 try:
@@ -225,6 +231,8 @@ class Referring:
             self._inputs.found(name)
             kept.peer = ""  # they were kept for one backward
         if keep and kept is not None and request.header is not None and request.header.request_id is not None:
+            assert told is not None
+            kept.contents = await told
             kept.peer, kept.request_id, kept.positions = name, request.header.request_id, tuple(keep)
         return reply
 
@@ -250,9 +258,15 @@ class Referring:
             if not under_way or left_s <= 0:
                 break
             await asyncio.wait(under_way, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        for i, content in contents.items():
-            if content.digest is None and (not content.changed or self.sent.has(peer, content.mark)):
-                contents[i] = content._replace(digest=await self._digest(call, i, content.mark))
+        unknown = [
+            i
+            for i, content in contents.items()
+            if content.digest is None and (not content.changed or self.sent.has(peer, content.mark))
+        ]
+        in_thread = sum(call.tensors[i].nbytes for i in unknown) > _DIGEST_IN_THREAD_BYTES
+        for i in unknown:
+            digest = await self._digest(call, i, contents[i].mark, in_thread)
+            contents[i] = contents[i]._replace(digest=digest)
         return contents
 
     async def _look(self, call: Call, positions: Sequence[int]) -> dict[int, Contents]:
@@ -263,10 +277,10 @@ class Referring:
             return look()
         return await asyncio.get_running_loop().run_in_executor(None, look)
 
-    async def _digest(self, call: Call, position: int, mark: Hashable) -> bytes:
+    async def _digest(self, call: Call, position: int, mark: bytes, in_thread: bool) -> bytes:
         """Computed once, however many requests ask for it at the same time."""
         tensor, codec = call.tensors[position], call.codecs[position]
-        if tensor.nbytes <= _DIGEST_IN_THREAD_BYTES:
+        if not in_thread:
             return self.digests.compute(tensor, codec, mark)
         computing = self._computing.get(mark)
         if computing is None:
@@ -303,6 +317,12 @@ def may_refer(method: str, tensors: Sequence[torch.Tensor], inputs: Sequence[Ent
     if method == FORWARD:
         return kept is not None and sum(size for size in sizes if size >= MIN_HELD_BYTES) >= KEEP_FROM_BYTES
     return kept is not None and bool(kept.peer)
+
+
+async def _contents_of(call: Call, inputs: Sequence[Entry]) -> bytes:
+    """Of all inputs, as they are now: nothing else tells that nobody has written to them."""
+    tensors = call.tensors[: len(inputs)]
+    return await asyncio.get_running_loop().run_in_executor(None, fingerprint, tensors)
 
 
 def _referring(call: Call, held: Mapping[int, bytes], hold: Sequence[int], keep: bool) -> Call:

@@ -1,18 +1,22 @@
 """One request to one server: what is sent, and what came back. Owns: headers, codecs, splitting by rows, checks of replies.
 
 A request is for a chain of blocks (moe.chains); that of a single expert is a chain of one. Shared by ExpertCaller and the spans
-of a sequence. Must not know: which server is asked, retries, autograd. CPU tensors; its coroutines run in the client's
-event loop, the rest anywhere.
+of a sequence. Whatever a server's bytes make this process raise becomes one of our errors here (``Blaming``), so that those who
+choose servers go on with another one. Must not know: which server is asked, retries, autograd. CPU tensors; its coroutines run
+in the client's event loop, the rest anywhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Coroutine, Iterable, Sequence
+import re
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +24,20 @@ import torch
 from moe.chains import Chain
 from moe.client.references import Kept, Referring, may_refer
 from moe.config import ClientConfig
-from moe.errors import NonFiniteError, ProtocolError, SchemaError
+from moe.errors import (
+    ExpertFailed,
+    LifecycleError,
+    MoEError,
+    NonFiniteError,
+    ProtocolError,
+    RemoteError,
+    RemoteSchemaError,
+    SchemaError,
+    TransportError,
+    printable,
+)
 from moe.expert_uid import PeerIDLike, join_chain
-from moe.schema import Entry, count_rows, select_rows, validate
+from moe.schema import Entry, ExpertSchema, TensorProto, count_rows, select_rows, validate
 from moe.transport.base import BACKWARD, FORWARD, Call, ExpertTransport, Reply
 from moe.wire.messages import (
     HELD_TENSORS,
@@ -35,9 +50,80 @@ from moe.wire.messages import (
 )
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Gradients = list["torch.Tensor | None"]
+Described = tuple[ExpertDescription, ExpertSchema]
+
+MAX_PARALLEL = 32  # parts of one call on their way; ours, bounds what a client has in flight
+MAX_ROW_BYTES = 2**30  # of what an expert may say that it returns for one row; ours
+MAX_REPLY_BYTES = (
+    2**30
+)  # a call whose outputs are larger is split, as one whose inputs are larger than a server takes; ours
 
 _REQUEST_FILL = 0.95  # of a server's max_request_bytes; the rest is headroom for codecs
+_IN_LOOP_BYTES = 2**20  # more is joined, or looked through, off the event loop; ours, about a millisecond
+_UNKNOWN_BYTES = 2**25  # of outputs of unknown lengths of a stock server: more than fits a unary reply
+_STOCK_MAX_ROWS = re.compile(r"Task size greater than max_batch_size \(([0-9]{1,9})\)")  # hivemind's TaskPool
+
+
+class TooManyRows(RemoteError):
+    """A stock server does not take this many rows in one request, which it says only now."""
+
+    def __init__(self, message: str = "", *, max_rows: int = 0, peer: str | None = None, uid: str | None = None):
+        super().__init__(message, peer=peer, uid=uid)
+        self.max_rows = max_rows
+
+
+class Blaming:
+    """A context in which a peer's answer is waited for and looked at: whatever is raised is one of our errors, and no mistake
+    of the caller's.
+
+    :param peer: whose answer
+    """
+
+    __slots__ = ("_peer",)
+
+    def __init__(self, peer: PeerIDLike):
+        self._peer = peer
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, Exception) or isinstance(error, _OF_PEERS):
+            return
+        peer = self._peer.to_base58()
+        if isinstance(error, SchemaError):
+            raise RemoteSchemaError(error.message, peer=peer, uid=error.uid) from error
+        if isinstance(error, MoEError):
+            raise RemoteError(error.message, peer=peer, uid=error.uid) from error
+        what = printable(f"{type(error).__name__}: {error}")
+        raise ProtocolError(f"what the server sent makes no sense: {what}", peer=peer) from error
+
+
+_OF_PEERS = (RemoteError, ProtocolError, TransportError, LifecycleError)  # the last one: our event loop has ended
+
+
+async def describe_at(transport: ExpertTransport, peer: PeerIDLike, uid: str, timeout_s: float | None) -> Described:
+    """What a server tells of an expert, checked.
+
+    :raises MoEError: it does not answer, or with nonsense
+    """
+    with Blaming(peer):
+        description = await transport.info(peer, uid, timeout_s=timeout_s)
+        return description, checked_schema(description)
+
+
+def checked_schema(description: ExpertDescription) -> ExpertSchema:
+    """The schema of a description, if an expert can have it.
+
+    :raises ProtocolError: it cannot
+    """
+    schema = description.expert_schema()
+    if schema.outputs is None:
+        raise ProtocolError("the description of an expert that returns nothing")
+    if sum(map(_known_bytes, (entry.proto for entry in schema.output_entries))) > MAX_ROW_BYTES:
+        raise ProtocolError(f"the description of an expert that returns more than {MAX_ROW_BYTES} bytes for one row")
+    return schema
 
 
 @dataclass(frozen=True)
@@ -147,7 +233,8 @@ class Request:
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
         call = self.forward_call(peer, terms, tensors, rows, timeout_s)
-        return self.outputs(await self._send(peer, terms, call, kept, timeout_s), rows, peer)
+        reply = await self._send(peer, terms, call, rows, kept, timeout_s)
+        return await off_loop(self._looked_through(reply, peer), self.outputs, reply, rows, peer)
 
     async def backward(
         self,
@@ -167,7 +254,8 @@ class Request:
         :raises NonFiniteError: it has nan or inf, and anomalies are to be detected
         """
         call = self.backward_call(peer, terms, inputs, grad_outputs, wants, request_ids, timeout_s)
-        return self.gradients(inputs, wants, await self._send(peer, terms, call, kept, timeout_s), peer)
+        reply = await self._send(peer, terms, call, _rows(self.chain.entries, inputs), kept, timeout_s)
+        return await off_loop(self._looked_through(reply, peer), self.gradients, inputs, wants, reply, peer)
 
     def may_refer(self, terms: Terms, method: str, inputs: Sequence[torch.Tensor], kept: Kept | None) -> bool:
         """Could the server hold one of the tensors, or shall it? Then the request must be made in the event loop."""
@@ -186,12 +274,13 @@ class Request:
     def outputs(self, reply: Reply, rows: int, peer: PeerIDLike) -> list[torch.Tensor]:
         """What ``forward`` returns, checked."""
         outputs = self.chain.output_entries
-        try:
-            validate(outputs, reply.tensors, rows=rows, what="the reply")
-        except SchemaError as e:
-            raise ProtocolError(f"the server's reply does not fit: {e.message}", peer=peer.to_base58()) from None
-        self.check_finite(reply.tensors, outputs, peer)
-        return list(reply.tensors)
+        with Blaming(peer):
+            try:
+                validate(outputs, reply.tensors, rows=rows, what="the reply")
+            except SchemaError as e:
+                raise ProtocolError(f"the server's reply does not fit: {e.message}", peer=peer.to_base58()) from None
+            self.check_finite(reply.tensors, outputs, peer)
+            return list(reply.tensors)
 
     def backward_call(
         self,
@@ -226,12 +315,24 @@ class Request:
         return check_metadata(tell(peer.to_base58(), method, tuple(block.uid for block in self.chain.blocks)))
 
     async def _send(
-        self, peer: PeerIDLike, terms: Terms, call: Call, kept: Kept | None, timeout_s: float | None
+        self, peer: PeerIDLike, terms: Terms, call: Call, rows: int, kept: Kept | None, timeout_s: float | None
     ) -> Reply:
-        if not (self.config.hold_tensors and terms.holds):
-            return await self.transport.call(peer, call, timeout_s=timeout_s)
-        referring = Referring.over(self.transport)
-        return await referring.call(peer, call, self.chain.entries, kept=kept, timeout_s=timeout_s)
+        try:
+            with Blaming(peer):
+                if not (self.config.hold_tensors and terms.holds):
+                    return await self.transport.call(peer, call, timeout_s=timeout_s)
+                referring = Referring.over(self.transport)
+                return await referring.call(peer, call, self.chain.entries, kept=kept, timeout_s=timeout_s)
+        except ExpertFailed as e:
+            max_rows = None if terms.native else stock_max_rows(e.message)
+            if max_rows is None or not 0 < max_rows < rows or not self.chain.mergeable:
+                raise
+            raise TooManyRows(e.message, max_rows=max_rows, peer=e.peer or peer.to_base58(), uid=e.uid) from None
+
+    def _looked_through(self, reply: Reply, peer: PeerIDLike) -> int:
+        """How many bytes a check of a reply reads."""
+        with Blaming(peer):
+            return sum(tensor.nbytes for tensor in reply.tensors) if self.config.detect_anomalies else 0
 
     def row_ranges(
         self, terms: Terms, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], rows: int
@@ -241,6 +342,9 @@ class Request:
         :raises SchemaError: it cannot be split
         """
         limit = terms.room(entries, tensors, rows)
+        reply_bytes = sum(_known_bytes(entry.proto) for entry in self.chain.output_entries if entry.proto.batched)
+        if reply_bytes and self.chain.mergeable:
+            limit = min(limit, max(1, MAX_REPLY_BYTES // reply_bytes))
         if rows <= limit or rows <= 1:
             return [(0, rows)]
         if limit < 1 or not self.chain.mergeable:
@@ -254,23 +358,24 @@ class Request:
         self, inputs: Sequence[torch.Tensor], wants: Sequence[bool], reply: Reply, peer: PeerIDLike
     ) -> Gradients:
         """What ``backward`` returns, checked."""
-        entries = self.chain.entries
-        has_grad = (True,) * len(entries) if reply.header is None else reply.header.has_grad
-        if has_grad is None or len(has_grad) != len(entries) or sum(has_grad) != len(reply.tensors):
-            raise ProtocolError("the server's reply has not the gradients it says", peer=peer.to_base58())
-        received = iter(reply.tensors)
-        grads: Gradients = [next(received) if has else None for has in has_grad]
-        for entry, tensor, grad, wanted in zip(entries, inputs, grads, wants):
-            if grad is None and wanted:
-                raise ProtocolError(f"the server sent no gradient of {entry.path}", peer=peer.to_base58())
-            if grad is not None and (grad.shape != tensor.shape or grad.dtype != tensor.dtype):
-                raise ProtocolError(
-                    f"the gradient of {entry.path} is {grad.dtype} {tuple(grad.shape)}, its tensor {tuple(tensor.shape)}",
-                    peer=peer.to_base58(),
-                )
-            if grad is not None and wanted:
-                self.check_finite([grad], [entry], peer)
-        return [grad if wanted else None for grad, wanted in zip(grads, wants)]
+        with Blaming(peer):
+            entries = self.chain.entries
+            has_grad = (True,) * len(entries) if reply.header is None else reply.header.has_grad
+            if has_grad is None or len(has_grad) != len(entries) or sum(has_grad) != len(reply.tensors):
+                raise ProtocolError("the server's reply has not the gradients it says", peer=peer.to_base58())
+            received = iter(reply.tensors)
+            grads: Gradients = [next(received) if has else None for has in has_grad]
+            for entry, tensor, grad, wanted in zip(entries, inputs, grads, wants):
+                if grad is None and wanted:
+                    raise ProtocolError(f"the server sent no gradient of {entry.path}", peer=peer.to_base58())
+                if grad is not None and (grad.shape != tensor.shape or grad.dtype != tensor.dtype):
+                    raise ProtocolError(
+                        f"the gradient of {entry.path} is {grad.dtype} {tuple(grad.shape)}, its tensor {tuple(tensor.shape)}",
+                        peer=peer.to_base58(),
+                    )
+                if grad is not None and wanted:
+                    self.check_finite([grad], [entry], peer)
+            return [grad if wanted else None for grad, wanted in zip(grads, wants)]
 
     def check_finite(
         self, tensors: Sequence[torch.Tensor], entries: Sequence[Entry], peer: PeerIDLike | None = None
@@ -325,12 +430,17 @@ def ranges_of(
 # --- helpers -------------------------------------------------------------------------------------------------------------
 
 
-async def all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of all, at least one; when one fails, the others do not go on for nobody."""
-    first, *others = coroutines
-    if not others:
-        return [await first]  # without the cost of a task
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in (first, *others)]
+async def in_parallel(run: Callable[[Item], Coroutine[Any, Any, T]], items: Sequence[Item]) -> list[T]:
+    """Results for all items, at least one, a bounded number at one time; when one fails, the others do not go on for nobody."""
+    if len(items) == 1:
+        return [await run(items[0])]  # without the cost of a task
+    room = asyncio.Semaphore(MAX_PARALLEL)
+
+    async def one(item: Item) -> T:
+        async with room:
+            return await run(item)
+
+    tasks = [asyncio.ensure_future(one(item)) for item in items]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -340,8 +450,58 @@ async def all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]
         raise
 
 
+async def off_loop(size_bytes: int, function: Callable[..., T], *args: Any) -> T:
+    """The result of a function that reads this many bytes; of many in a thread, so that others need not wait."""
+    if size_bytes <= _IN_LOOP_BYTES:
+        return function(*args)
+    return await asyncio.get_running_loop().run_in_executor(None, functools.partial(function, *args))
+
+
+async def by_rows(
+    send: Callable[[Sequence[torch.Tensor], int, int], Coroutine[Any, Any, list[Any]]],
+    entries: Sequence[Entry],
+    tensors: Sequence[torch.Tensor],
+    ranges: Sequence[tuple[int, int]],
+    join: Callable[[Sequence[list[Any]]], list[Any]],
+) -> list[Any]:
+    """Send ranges of rows, and join what comes back. Each is split again if a stock server says that it takes fewer.
+
+    :param send: tensors, and which rows these are: from, to
+    :param entries: of the tensors
+    """
+
+    async def one(part: tuple[list[torch.Tensor], tuple[int, int]]) -> list[Any]:
+        own, (start, end) = part
+        try:
+            return await send(own, start, end)
+        except TooManyRows as e:
+            smaller = even_ranges(end - start, e.max_rows)
+            shifted = [(start + a, start + b) for a, b in smaller]
+            return await joined(list(zip(ranges_of(entries, own, smaller), shifted)))
+
+    async def joined(parts: Sequence[tuple[list[torch.Tensor], tuple[int, int]]]) -> list[Any]:
+        pieces = await in_parallel(one, parts)
+        if len(pieces) == 1:
+            return pieces[0]
+        size_bytes = sum(tensor.nbytes for piece in pieces for tensor in piece if tensor is not None)
+        return await off_loop(size_bytes, join, pieces)
+
+    return await joined(list(zip(ranges_of(entries, tensors, ranges), ranges)))
+
+
+def stock_max_rows(message: str) -> int | None:
+    """What a stock server says it takes in one request; None: it says something else."""
+    found = _STOCK_MAX_ROWS.search(message)
+    return None if found is None else int(found[1])
+
+
 def _rows(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> int:
     return count_rows(entries, [tensor.shape for tensor in tensors])
+
+
+def _known_bytes(proto: TensorProto) -> int:
+    """Of one row, or of a whole tensor, as far as its lengths are known."""
+    return math.prod(size for size in proto.sizes if size is not None) * proto.itemsize
 
 
 def _expected_bytes(outputs: Sequence[Entry], rows: int, inputs: Sequence[torch.Tensor], native: bool) -> int:
@@ -349,10 +509,9 @@ def _expected_bytes(outputs: Sequence[Entry], rows: int, inputs: Sequence[torch.
     which cannot say "too large for unary", as too large."""
     total = 0
     for entry in outputs:
-        known = math.prod(size for size in entry.proto.sizes if size is not None) * entry.proto.itemsize
-        size = known * (rows if entry.proto.batched else 1)
+        size = _known_bytes(entry.proto) * (rows if entry.proto.batched else 1)
         if None in entry.proto.sizes:
-            size = max([size, *(tensor.nbytes for tensor in inputs)]) if native else 2**40
+            size = max([size, *(tensor.nbytes for tensor in inputs)] + ([] if native else [_UNKNOWN_BYTES]))
         total += size
     return total
 

@@ -30,6 +30,8 @@ DEFAULT_DELAY_S = 0.15  # one way to a server whose round trip is not known; Pet
 MAX_DELAY_S = 5.0  # one way to a server that does not answer pings: the very last choice, but one; Petals
 DEFAULT_ROWS_PER_S = 300.0  # if no server tells; Petals
 MAX_ADVANTAGE = 100.0  # a server that claims to be faster than this many medians is taken for that fast; ours
+MIN_ROWS_PER_S, MAX_ROWS_PER_S = 1e-3, 1e12  # that are believed; ours
+MAX_PENDING = 1e6  # likewise, of tasks
 UNREACHABLE_WEIGHT = 1e-6  # in a random choice, of a server that does not answer pings; Petals
 
 BAN_GROWTH = 2.0  # Petals, by hivemind's Blacklist
@@ -132,9 +134,11 @@ class ServerTable:
         # one entry for each range of each server
         segments = [(i, start, end) for i, server in enumerate(self.servers) for start, end in server.ranges]
         self.server_of, self.start_of, self.end_of = np.array(segments, np.int64).reshape(-1, 3).T.copy()
-        self.expires_at: Floats = np.array([server.expires_at for server in self.servers], np.float64)
+        expires_at: Floats = np.array([server.expires_at for server in self.servers], np.float64)
+        self.expires_at: Floats = np.where(np.isnan(expires_at), -np.inf, expires_at)
         self.rows_per_s = _believed_rates(self.servers)
-        self.queue_s: Floats = np.array([server.pending_tasks for server in self.servers]) / self.rows_per_s
+        pending: Floats = np.array([server.pending_tasks for server in self.servers], np.float64)
+        self.queue_s: Floats = np.clip(np.nan_to_num(pending, nan=MAX_PENDING), 0.0, MAX_PENDING) / self.rows_per_s
         self.holders: tuple[Indices, ...] = tuple(
             np.flatnonzero((self.start_of <= block) & (block < self.end_of)) for block in range(len(self.uids))
         )
@@ -163,9 +167,10 @@ class ServerTable:
 
 
 def _believed_rates(servers: Sequence[ServerView]) -> Floats:
-    """Rows per second of each: as announced, within reason; the median for those who do not tell."""
+    """Rows per second of each: as announced, within reason; the median for those who do not tell, or no number."""
     rates: Floats = np.array([server.throughput_rows_per_s for server in servers], np.float64)
-    told = rates > 0
+    told = np.isfinite(rates) & (rates > 0)
+    rates = np.clip(np.where(told, rates, 0.0), MIN_ROWS_PER_S, MAX_ROWS_PER_S)
     median = float(np.median(rates[told])) if told.any() else DEFAULT_ROWS_PER_S
     return np.where(told, np.minimum(rates, MAX_ADVANTAGE * median), median)
 

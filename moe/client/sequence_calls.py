@@ -16,25 +16,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from moe.chains import Chain
-from moe.client.calls import retry_delay_s
+from moe.client.calls import attempts_told, retry_delay_s
+from moe.client.loop_lock import LoopLock
 from moe.client.references import KeptRows
 from moe.client.requests import (
+    Described,
     Gradients,
     Request,
-    all_or_cancel,
     even_ranges,
+    in_parallel,
     join_gradients,
     join_outputs,
     ranges_of,
 )
 from moe.client.routing import Span
-from moe.client.spans import BoundCall, Described, SpanCaller, Unsuitable
+from moe.client.spans import BoundCall, SpanCaller, Unsuitable
 from moe.config import ClientConfig
 from moe.errors import (
     CallTimeout,
@@ -42,6 +44,7 @@ from moe.errors import (
     ExpertNotFound,
     LifecycleError,
     MoEError,
+    RemoteSchemaError,
     SchemaError,
 )
 from moe.expert_uid import PeerIDLike
@@ -52,8 +55,6 @@ from moe.wire.messages import new_request_id
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MAX_PARALLEL = 32  # sub-batches of one call on their way; ours, bounds what a client has in flight
 
 
 class Router(Protocol):
@@ -101,7 +102,7 @@ class SequenceCaller:
         self, uids: Sequence[str], router: Router, spans: SpanCaller, config: ClientConfig, *, offset: int = 0
     ):
         self.uids, self.router, self.spans, self.config, self.offset = tuple(uids), router, spans, config, offset
-        self._describing = asyncio.Lock()
+        self._describing = LoopLock()
 
     def __repr__(self) -> str:
         return f"SequenceCaller({len(self.uids)} blocks)"
@@ -112,7 +113,8 @@ class SequenceCaller:
     def known(self) -> list[Described] | None:
         """What the blocks take, if all of them have been asked."""
         schemas = self.spans.known.schemas
-        return [schemas[uid] for uid in self.uids] if all(uid in schemas for uid in self.uids) else None
+        found = [schemas[uid] for uid in self.uids if uid in schemas]  # never taken out of it, by any thread
+        return found if len(found) == len(self.uids) else None
 
     async def describe(self, budget: Budget) -> list[Described]:
         """What the blocks take; asked for once, of any server of each.
@@ -120,7 +122,7 @@ class SequenceCaller:
         :raises MissingBlocks: nobody hosts some of the blocks
         :raises MoEError: no server of a block has answered
         """
-        async with self._describing:
+        async with self._describing.held(budget, "what blocks take"):
             attempts = self._attempts(budget)
             while (known := self.known) is None:
                 schemas = self.spans.known.schemas
@@ -139,7 +141,32 @@ class SequenceCaller:
     async def _learn(self, span: Span, budget: Budget) -> None:
         uids = self.uids[span.start : span.end]
         for uid, described in zip(uids, await self.spans.describe(span.peer_id, uids, budget)):
-            self.spans.known.schemas.setdefault(uid, described)
+            if uid not in self.spans.known.schemas:
+                self.spans.known.believe(uid, described, span.peer_id.to_base58())
+
+    async def describe_otherwise(self, known: Sequence[Described], budget: Budget) -> list[Described] | None:
+        """What other servers tell, where it is something else; None: they tell the same, or there are none.
+
+        :param known: what was told
+        """
+        tellers = set(self.spans.known.tellers.values())
+        others, differs = list(known), False
+        try:
+            route = await self._route(0, len(self.uids), self._attempts(budget), avoid=tellers)
+            for span in route:
+                if span.peer_id.to_base58() in tellers:
+                    continue
+                told = await self.spans.describe(span.peer_id, self.uids[span.start : span.end], budget)
+                others[span.start : span.end] = told
+                differs |= any(a[1] != b[1] for a, b in zip(told, known[span.start : span.end]))
+        except MoEError as e:
+            logger.debug("no other descriptions: %r", e)
+        return others if differs else None
+
+    def believe(self, described: Sequence[Described]) -> None:
+        """Check calls against these from now on."""
+        for uid, one in zip(self.uids, described):
+            self.spans.known.believe(uid, one, "")
 
     # --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -161,7 +188,7 @@ class SequenceCaller:
             legs, outputs = await self._walk(call, 0, len(chain), call.args, attempts, to_the_end=True, keep=keep)
             return outputs, tuple(legs)
 
-        done = await _in_parallel(run, calls)
+        done = await in_parallel(run, calls)
         return join_outputs([outputs for outputs, _ in done]), Journey(tuple(ranges), tuple(legs for _, legs in done))
 
     def _ranges(self, chain: Chain, tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
@@ -212,11 +239,12 @@ class SequenceCaller:
                 await attempts.failed(e, at)
         return legs, values
 
-    async def _route(self, start: int, end: int, attempts: _Attempts) -> list[Span]:
+    async def _route(self, start: int, end: int, attempts: _Attempts, *, avoid: Collection[str] = ()) -> list[Span]:
         offset = self.offset
 
         async def make() -> list[Span]:
-            found = await self.router.make_route(start + offset, end + offset, attempts.budget, avoid=attempts.avoid)
+            avoided = attempts.avoid.union(avoid)
+            found = await self.router.make_route(start + offset, end + offset, attempts.budget, avoid=avoided)
             return [Span(span.peer_id, span.start - offset, span.end - offset) for span in found]
 
         route = await make()
@@ -251,7 +279,7 @@ class SequenceCaller:
         async def run(work: tuple[BoundCall, tuple[Leg, ...], list[torch.Tensor]]) -> Gradients:
             return await self._back(*work, wants, first_needed, budget)
 
-        pieces = await _in_parallel(run, list(zip(calls, journey.trails, grads)))
+        pieces = await in_parallel(run, list(zip(calls, journey.trails, grads)))
         return join_gradients(chain.entries, pieces)
 
     async def _back(
@@ -310,6 +338,7 @@ class _Attempts:
         self._router, self._spans, self._config = router, spans, config
         self._hopeless: dict[str, MoEError] = {}  # servers that will answer the same again
         self._latest: set[str] = set()  # to fail
+        self._refused: set[str] = set()  # servers that have refused what fits what they had told
         self._causes: list[str] = []
         self._count = 0
 
@@ -377,11 +406,13 @@ class _Attempts:
         self._spans.known.forget(name)
         if isinstance(error, ExpertNotFound):
             self._router.request_refresh()
+        elif isinstance(error, RemoteSchemaError) and name not in self._refused:
+            self._refused.add(name)  # it may take something else by now, which it is asked again
         elif not error.retryable:  # it would do the same again; another server may be sane
             self._hopeless[name] = error
 
     def _with_history(self, error: MoEError) -> MoEError:
-        message = f"{error.message} (attempts: {'; '.join(self._causes)})"
+        message = f"{error.message} ({attempts_told(self._causes)})"
         return type(error)(message, peer=error.peer, uid=error.uid)
 
 
@@ -391,14 +422,3 @@ class _Final(MoEError):
     def __init__(self, error: MoEError):
         super().__init__(error.message, peer=error.peer, uid=error.uid)
         self.error = error
-
-
-async def _in_parallel(run: Callable[[Any], Coroutine[Any, Any, T]], work: Sequence[Any]) -> list[T]:
-    """Results for all items, a bounded number at one time; when one fails, the others do not go on for nobody."""
-    room = asyncio.Semaphore(MAX_PARALLEL)
-
-    async def one(item: Any) -> T:
-        async with room:
-            return await run(item)
-
-    return await all_or_cancel(one(item) for item in work)

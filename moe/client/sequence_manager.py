@@ -12,12 +12,12 @@ import contextlib
 import logging
 import math
 import random
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from moe.client.background import in_thread
 from moe.client.routing import (
     Bans,
     BlockIndex,
@@ -246,7 +246,7 @@ class SequenceManager:
     def _begin_look(self) -> asyncio.Task[None]:
         if self._looking is None or self._looking.done():
             self._tried_at = self._clock()
-            finding = _in_thread(_find, self._source, self.uids, self.config)
+            finding = in_thread(_find, self._source, self.uids, self.config)
             self._looking = asyncio.create_task(_take_found(weakref.ref(self), finding))
             self._looking.add_done_callback(_log_failure)
         return self._looking
@@ -256,7 +256,7 @@ class SequenceManager:
         if self._looked_at - self._pinged_at >= self.config.update_period_s / 2 and len(table):
             self._pinged_at = self._looked_at
             names = choose_to_ping(table, self._pings.rtts_s(self._looked_at), self._rng)
-            pinging = _in_thread(self._source.ping, names, PING_TIMEOUT_S)
+            pinging = in_thread(self._source.ping, names, PING_TIMEOUT_S)
             self._pinging = asyncio.create_task(_take_pings(weakref.ref(self), pinging))
             self._pinging.add_done_callback(_log_failure)
 
@@ -316,22 +316,6 @@ async def _take_pings(
 def _find(source: ServerSource, uids: Sequence[str], config: ClientConfig) -> ServerTable:
     found = source.find(LOOKUP_TIMEOUT_S)
     return ServerTable(found, uids, allowed=config.allowed_servers, blocked=config.blocked_servers)
-
-
-def _in_thread(function: Callable[..., T], *args: Any) -> concurrent.futures.Future[T]:
-    """Run it in a thread of its own: for those of a pool, the interpreter waits when it exits."""
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(function(*args))
-        except BaseException as e:
-            future.set_exception(e)
-
-    threading.Thread(target=run, name="moe.client.sequence_manager", daemon=True).start()
-    return future
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

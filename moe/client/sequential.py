@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
 
 from moe.chains import Block, Chain
 from moe.client.expert import (
@@ -26,9 +24,11 @@ from moe.client.expert import (
     merge_kwargs,
     transport_of,
 )
+from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
+from moe.client.requests import Described
 from moe.client.sequence_calls import Journey, SequenceCaller
 from moe.client.sequence_manager import SequenceManager
-from moe.client.spans import Described, KnownBlocks, SpanCaller
+from moe.client.spans import KnownBlocks, SpanCaller
 from moe.config import ClientConfig
 from moe.dht import find_experts
 from moe.errors import ConfigError, MissingBlocks, SchemaError
@@ -38,7 +38,7 @@ from moe.transport.base import Budget
 from moe.transport.event_loop import client_loop
 
 
-class RemoteSequential(nn.Module):
+class RemoteSequential(RemoteModule):
     """Consecutive blocks hosted by any peers: ``y = blocks[n-1](... blocks[0](h, **kwargs) ..., **kwargs)``.
 
     Blocks next to each other on one server are run in one request. A server that fails in forward, between forward and
@@ -53,6 +53,8 @@ class RemoteSequential(nn.Module):
     :param manager: knows the servers of exactly these blocks; default: one of its own, which ends with this module
     :raises ConfigError: neither or both ways to say which blocks, or an invalid uid
     """
+
+    shared = ("dht", "uids", "config", "_shared", "_caller")
 
     def __init__(
         self,
@@ -106,6 +108,7 @@ class RemoteSequential(nn.Module):
         if self._shared.manager is not None:
             self._shared.manager.request_refresh()
 
+    @untraced
     def forward(
         self,
         *args: Nested,
@@ -126,6 +129,7 @@ class RemoteSequential(nn.Module):
         :param global_kwargs: kwargs for every block that you hold to be global; checked against the schemas
         :returns: what the last block returns, on the device of the first input
         :raises SchemaError: another number of dicts than blocks, a kwarg given twice, or inputs that do not fit a block
+        :raises Unsupported: a derivative is wanted that servers do not compute
         :raises MissingBlocks: blocks without a live server
         :raises MoEError: no answer within the retries and the time budget; lists each attempt
         """
@@ -133,15 +137,32 @@ class RemoteSequential(nn.Module):
         own = self._own_kwargs(kwargs, block_kwargs)
         caller = self._get_caller()
         described = caller.known or client_loop().run(caller.describe(budget))
-        per_block = []
-        for uid, (_, schema), extra in zip(self.uids, described, own):
+
+        def bound(described: Sequence[Described]) -> tuple[Chain, list[torch.Tensor]]:
+            per_block = []
+            for uid, (_, schema), extra in zip(self.uids, described, own):
+                try:
+                    per_block.append(merge_kwargs(schema, {**kwargs, **extra}, batch_kwargs, global_kwargs))
+                except SchemaError as e:
+                    raise SchemaError(e.message, uid=uid) from None
+            return bind(self.uids, described, args, per_block)
+
+        try:
+            chain, tensors = bound(described)
+        except SchemaError as e:  # a server that has told what its blocks take may be the one that is wrong
+            others = client_loop().run(caller.describe_otherwise(described, budget))
+            if others is None:
+                raise
             try:
-                per_block.append(merge_kwargs(schema, {**kwargs, **extra}, batch_kwargs, global_kwargs))
-            except SchemaError as e:
-                raise SchemaError(e.message, uid=uid) from None
-        chain, tensors = bind(self.uids, described, args, per_block)
+                chain, tensors = bound(others)
+            except SchemaError:
+                raise e from None
+            described = others
+            caller.believe(others)
         call = _Call(caller, chain, tuple(description.trainable for description, _ in described))
-        if torch.is_grad_enabled() and (any(call.trainable) or any(tensor.requires_grad for tensor in tensors)):
+        grad = torch.is_grad_enabled() and (any(call.trainable) or any(tensor.requires_grad for tensor in tensors))
+        check_differentiable(tensors, grad=grad)
+        if grad:
             apply: Callable[..., tuple[torch.Tensor, ...]] = _RemoteSequentialCall.apply
             outputs = apply(grad_trigger(any(call.trainable)), call, budget, *tensors)
         else:
@@ -288,8 +309,8 @@ class _Call:
         self.caller, self.chain, self.trainable = caller, chain, trainable
 
     def to_wire(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """As they are sent: on CPU, floating-point ones in the schema's dtype, without autograd history."""
-        return [tensor.detach().cpu() for tensor in cast_inputs(self.chain.entries, tensors)]
+        """As they are sent: contiguous, on CPU, floating-point ones in the schema's dtype, without autograd history."""
+        return [tensor.detach().cpu().contiguous() for tensor in cast_inputs(self.chain.entries, tensors)]
 
     def forward(
         self, tensors: Sequence[torch.Tensor], budget: Budget, *, keep: bool
@@ -320,10 +341,12 @@ class _RemoteSequentialCall(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @differentiable_once
+    def backward(
+        ctx: Any, saved: tuple[torch.Tensor, ...], *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         call: _Call = ctx.call
-        inputs, later = ctx.saved_tensors[: ctx.count], iter(ctx.saved_tensors[ctx.count :])
+        inputs, later = saved[: ctx.count], iter(saved[ctx.count :])
         sent = call.to_wire(inputs)
         entries = call.chain.entries
         trails = []
@@ -341,7 +364,7 @@ class _RemoteSequentialCall(torch.autograd.Function):
             trails.append(tuple(legs))
         wants = [needed and entry.proto.is_floating_point for needed, entry in zip(ctx.needs_input_grad[3:], entries)]
         grads = [
-            grad.detach().to("cpu", entry.proto.dtype)
+            grad.detach().to("cpu", entry.proto.dtype).contiguous()
             for grad, entry in zip(grad_outputs, call.chain.output_entries)
             if entry.proto.is_floating_point
         ]

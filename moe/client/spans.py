@@ -7,29 +7,34 @@ one request; another one (a stock hivemind server) gets its blocks one by one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from moe.chains import Chain
 from moe.client.references import Kept, KeptRows
 from moe.client.requests import (
+    Described,
     Gradients,
     Request,
     Terms,
-    all_or_cancel,
+    TooManyRows,
+    by_rows,
+    describe_at,
+    in_parallel,
     join_gradients,
     join_outputs,
     make_header,
     part_of_request_id,
-    ranges_of,
 )
 from moe.client.routing import Span
 from moe.config import ClientConfig
-from moe.errors import MoEError
+from moe.errors import MoEError, SchemaError
 from moe.expert_uid import PeerIDLike
 from moe.schema import MAX_TENSORS, Entry, ExpertSchema, cast_inputs, count_rows
 from moe.transport.base import Budget, ExpertTransport, within
@@ -38,13 +43,10 @@ from moe.wire.messages import (
     MAX_HEADER_BYTES,
     MAX_METADATA_BYTES,
     REQUEST_ID_BYTES,
-    ExpertDescription,
     encode_header,
 )
 
 MAX_REMEMBERED = 16384  # descriptions; ours, a few KB each at the most where schemas are equal
-
-Described = tuple[ExpertDescription, ExpertSchema]
 
 
 class Unsuitable(MoEError):
@@ -100,10 +102,12 @@ class KnownBlocks:
     """What servers have told of their blocks. Shared by a sequence and its slices.
 
     :ivar schemas: by uid, from whichever server told first: what calls are checked against
+    :ivar tellers: by uid, base58 of that server
     """
 
     def __init__(self) -> None:
         self.schemas: dict[str, Described] = {}
+        self.tellers: dict[str, str] = {}
         self._told: OrderedDict[tuple[str, str], Described] = OrderedDict()
         self.asking: dict[tuple[str, str], asyncio.Future[Described]] = {}
 
@@ -114,25 +118,34 @@ class KnownBlocks:
         """What this server told of this block."""
         return self._told.get((peer, uid))
 
-    def remember(self, peer: str, description: ExpertDescription, uid: str) -> Described:
+    def remember(self, peer: str, described: Described, uid: str) -> Described:
         """Note what a server told; equal schemas are one object."""
         known = self.schemas.get(uid)
-        same = known is not None and known[0].schema == description.schema
-        described = description, known[1] if known is not None and same else description.expert_schema()
+        if known is not None and known[0].schema == described[0].schema:
+            described = described[0], known[1]
         self._told[peer, uid] = described
         while len(self._told) > MAX_REMEMBERED:
             self._told.popitem(last=False)
         return described
 
+    def believe(self, uid: str, described: Described, peer: str) -> None:
+        """Check calls of this block against this from now on."""
+        self.schemas[uid], self.tellers[uid] = described, peer
+
+    def take_rows(self, peer: str, uid: str, max_rows: int) -> None:
+        """A server takes only so many rows of this block in one request."""
+        told = self._told.get((peer, uid))
+        if told is not None and max_rows < told[0].max_batch_size:
+            self._told[peer, uid] = msgspec.structs.replace(told[0], max_batch_size=max_rows), told[1]
+
     def forget(self, peer: str) -> None:
         """This server may be another one next time."""
         for key in [key for key in self._told if key[0] == peer]:
-            del self._told[key]
+            self._told.pop(key, None)
 
     def clear(self) -> None:
-        """Ask everything again."""
-        self.schemas.clear()
-        self._told.clear()
+        """Ask everything again. From any thread."""
+        self.schemas, self.tellers, self._told = {}, {}, OrderedDict()
 
 
 class SpanCaller:
@@ -157,7 +170,7 @@ class SpanCaller:
         :raises MoEError: it does not answer, or not with a description
         """
         distinct = list(dict.fromkeys(uids))
-        told = dict(zip(distinct, await all_or_cancel(self._told(peer, uid, budget) for uid in distinct)))
+        told = dict(zip(distinct, await in_parallel(lambda uid: self._told(peer, uid, budget), distinct)))
         return [told[uid] for uid in uids]
 
     async def _told(self, peer: PeerIDLike, uid: str, budget: Budget) -> Described:
@@ -166,14 +179,14 @@ class SpanCaller:
         if known is not None:
             return known
         asking = self.known.asking.get((name, uid))
-        if asking is None:
+        if asking is None or asking.get_loop() is not asyncio.get_running_loop():  # the parent's, after a fork
             asking = self.known.asking[name, uid] = asyncio.ensure_future(self._ask(peer, uid))
             asking.add_done_callback(lambda future: self._asked(name, uid, future))
         return await within(asyncio.shield(asking), budget.left_s(), f"info of {uid}", name)
 
     async def _ask(self, peer: PeerIDLike, uid: str) -> Described:
-        description = await self.transport.info(peer, uid, timeout_s=self.config.connect_timeout_s)
-        return self.known.remember(peer.to_base58(), description, uid)
+        described = await describe_at(self.transport, peer, uid, self.config.connect_timeout_s)
+        return self.known.remember(peer.to_base58(), described, uid)
 
     def _asked(self, peer: str, uid: str, future: asyncio.Future[Described]) -> None:
         self.known.asking.pop((peer, uid), None)
@@ -221,15 +234,15 @@ class SpanCaller:
         terms = await self._terms(call, span, budget)
         request = self._request(call, span)
         entries, tensors = request.chain.entries, call.inputs_of(span, args)
-        ranges = request.row_ranges(terms, entries, tensors, call.rows)
-        parts = ranges_of(entries, tensors, ranges)
+        ranges = _row_ranges(request, terms, entries, tensors, call.rows, span)
         timeout_s = budget.left_s(self.config.request_timeout_s)
-        return join_outputs(
-            await all_or_cancel(
-                request.forward(span.peer_id, terms, part, b - a, timeout_s, _note(kept, (a, b)))
-                for part, (a, b) in zip(parts, ranges)
-            )
-        )
+
+        async def send(part: Sequence[torch.Tensor], start: int, end: int) -> list[torch.Tensor]:
+            note = _note(kept, (start, end))
+            with self._learning(call, span):
+                return await request.forward(span.peer_id, terms, part, end - start, timeout_s, note)
+
+        return await by_rows(send, entries, tensors, ranges, join_outputs)
 
     async def backward(
         self,
@@ -261,27 +274,53 @@ class SpanCaller:
             (*entries, *request.chain.gradient_entries),
             [*call.inputs_of(span, args), *grad_outputs],
         )
-        ranges = request.row_ranges(terms, every, tensors, call.rows)
+        ranges = _row_ranges(request, terms, every, tensors, call.rows, span)
         timeout_s = budget.left_s(self.config.request_timeout_s)
-        pieces = await all_or_cancel(
-            request.backward(
-                span.peer_id,
-                terms,
-                part[: len(entries)],
-                part[len(entries) :],
-                flags,
-                [part_of_request_id(request_id, block, *bounds) for block in range(span.start, span.end)],
-                timeout_s,
-                kept.get(bounds),
-            )
-            for part, bounds in zip(ranges_of(every, tensors, ranges), ranges)
-        )
-        grads = join_gradients(entries, pieces)
+
+        async def send(part: Sequence[torch.Tensor], start: int, end: int) -> Gradients:
+            inputs, grads = part[: len(entries)], part[len(entries) :]
+            ids = [part_of_request_id(request_id, block, start, end) for block in range(span.start, span.end)]
+            note = kept.get((start, end))
+            with self._learning(call, span):
+                return await request.backward(span.peer_id, terms, inputs, grads, flags, ids, timeout_s, note)
+
+        def join(pieces: Sequence[Gradients]) -> Gradients:
+            return join_gradients(entries, pieces)
+
+        grads = await by_rows(send, every, tensors, ranges, join)
         kwargs = [(position, grad) for position, grad in zip(used, grads[count:]) if grad is not None]
         return SpanGradients(grads[:count], kwargs)
 
+    @contextlib.contextmanager
+    def _learning(self, call: BoundCall, span: Span) -> Iterator[None]:
+        """Remember how many rows a stock server takes, which it says when there are more."""
+        try:
+            yield
+        except TooManyRows as e:
+            for block in call.chain.blocks[span.start : span.end]:
+                self.known.take_rows(span.peer_id.to_base58(), block.uid, e.max_rows)
+            raise
+
     def _request(self, call: BoundCall, span: Span) -> Request:
         return Request(self.transport, call.part(span)[0], self.config)
+
+
+def _row_ranges(
+    request: Request,
+    terms: Terms,
+    entries: Sequence[Entry],
+    tensors: Sequence[torch.Tensor],
+    rows: int,
+    span: Span,
+) -> list[tuple[int, int]]:
+    """``Request.row_ranges``; what one server does not take, another one may.
+
+    :raises Unsuitable: it cannot be split
+    """
+    try:
+        return request.row_ranges(terms, entries, tensors, rows)
+    except SchemaError as e:
+        raise Unsuitable(e.message, peer=span.peer_id.to_base58(), uid=request.uid) from None
 
 
 def _note(kept: KeptRows | None, bounds: tuple[int, int]) -> Kept | None:

@@ -15,6 +15,7 @@ import torch
 
 from moe.client.fan_out import Assignment
 from moe.client.moe import RemoteMixtureOfExperts, gather_by_dim
+from moe.client.remote_module import untraced
 from moe.config import check_positive
 from moe.errors import ConfigError
 from moe.schema import Nested
@@ -79,6 +80,7 @@ class RemoteSwitchMixtureOfExperts(RemoteMixtureOfExperts):
             raise ConfigError(f"utilization_alpha={utilization_alpha} and grid_dropout={grid_dropout} are at most 1")
         self.register_buffer("grid_utilization", torch.cat([torch.full((size,), 1 / size) for size in grid_size]))
 
+    @untraced
     def forward(
         self,
         input: torch.Tensor,

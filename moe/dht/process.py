@@ -2,7 +2,8 @@
 
 hivemind's DHT is a forked process with an event loop, asked through a pipe. By itself, a request to a dead or stuck one
 waits for ever, a request larger than a few kilobytes can kill it (it reads the pipe without blocking and takes a part
-for the whole), and it outlives a parent that is killed. None of that gets past this file. Must not know: records.
+for the whole), it outlives a parent that is killed, and a SIGTERM to all processes of a server ends it before the server
+has told the swarm that it leaves. None of that gets past this file. Must not know: records.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from multiprocessing import reduction
+from multiprocessing import popen_fork, reduction
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_S = 15.0  # for one operation
 _POLL_S = 0.25  # how often a waiting caller looks whether the process still lives
 _LOCK_PATIENCE_S = 2.0  # a result is sent in far less, unless the sender is dead
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a process to end
 _INLINE_BYTES = 2048  # a request is one write of at most PIPE_BUF (4096) bytes; 759 of them are hivemind's
 
 _Result = TypeVar("_Result")
@@ -192,11 +195,40 @@ def _watch(dht: DHT) -> None:
 # --- starting and stopping it ----------------------------------------------------------------------------------------
 
 
+class _Popen(popen_fork.Popen):
+    """The process of a _BoundDHT, which does not heed SIGTERM: an interpreter that ends asks with that, and waits."""
+
+    def terminate(self) -> None:
+        """Kill it, whereupon its libp2p daemon ends too."""
+        self.kill()
+
+
 class _BoundDHT(DHT):  # type: ignore[misc]
-    """hivemind's DHT, but its process ends when the one that started it is gone."""
+    """hivemind's DHT, but its process ends when the one that started it says so or is gone, and not before.
+
+    A supervisor or a terminal that ends a server signals each of its processes. This one has to live on until the server
+    has told the swarm that it leaves, so it ignores what asks processes to end, and leaves the terminal's foreground group,
+    together with its libp2p daemon, which heeds SIGINT and SIGTERM.
+    """
+
+    @staticmethod
+    def _Popen(process: Any) -> _Popen:
+        return _Popen(process)
+
+    def start(self) -> None:
+        """Fork. A signal that comes in between is not lost for us and does not end the child."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self) -> None:
         """The process."""
+        os.setpgid(0, 0)
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         threading.Thread(target=self._end_with_parent, name="moe.dht.end_with_parent", daemon=True).start()
         super().run()
 

@@ -19,9 +19,9 @@ import bisect
 import enum
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from hivemind.p2p import PeerID
@@ -40,6 +40,8 @@ from moe.expert_uid import (
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DIRECTORY_KEY = "_moe.servers"
 TOMBSTONE_EDGE_S = 1e-3  # by how much a record outlives the one it replaces before its time
@@ -393,9 +395,10 @@ def replace_stock(
     peer_ids = PeerIDs()
     for key, subkey in sorted(places, key=lambda place: -place[0].count(UID_DELIMITER)):  # leaves first
         record = found[key].get(subkey)
-        if record is None or owner(record.value) != me or record.value[0] not in leaving:
+        uid = None if record is None or owner(record.value) != me else record.value[0]
+        if record is None or not isinstance(uid, str) or uid not in leaving:  # anybody may have written it
             continue
-        uid, value = record.value[0], None
+        value = None
         if (key, subkey) == leaf(uid):
             value = (uid, heirs[uid]) if uid in heirs else None
         else:
@@ -408,19 +411,28 @@ def replace_stock(
     return {(key, subkey): record for key, records in planned.items() for subkey, record in records.items()}
 
 
+def _or_nothing(read: Callable[[Any], list[T]], value: Any) -> list[T]:
+    """What a record of our own says, and nothing if somebody else has put something into its place."""
+    try:
+        return read(value)
+    except ValueError:
+        return []
+
+
 def replace_own(leaving: set[ExpertUID], found: Found, me: str) -> dict[Place, Record]:
     """What replaces our own facts: the same about the experts that stay; a server without any is offline."""
     planned: dict[Place, Record] = {}
     for prefix, coordinates in by_prefix(leaving).items():
         record = found[hosted_key(prefix)].get(me)
         if record is not None and isinstance(record.value, dict):
-            staying = set(expand(read_runs(record.value.get("runs")))) - set(coordinates)
+            staying = set(expand(_or_nothing(read_runs, record.value.get("runs")))) - set(coordinates)
             value = {**record.value, "runs": to_runs(staying)} if staying else None
             planned[hosted_key(prefix), me] = Record(value, record.expiration_time + TOMBSTONE_EDGE_S)
     directory = found[DIRECTORY_KEY].get(me)
     if directory is not None and isinstance(directory.value, dict):
         keys = [part_key(me, i) for i in range(read_part_count(directory.value))]
-        uids = [uid for key in keys if None in found[key] for uid in read_part(found[key][None].value)]
+        written = [found[key][None].value for key in keys if None in found.get(key, {})]
+        uids = [uid for part in written for uid in _or_nothing(read_part, part)]
         parts = uid_parts(by_prefix(uid for uid in uids if uid not in leaving))
         facts = {**directory.value, "parts": len(parts)}
         if not parts:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -307,7 +308,7 @@ class RequestAdmission:
         self._between = 0  # bytes between the last two blocks of a chain
         self._queue_s = self._compute_s = 0.0
         self._forward: KeptForward | None = None
-        self._started: tuple[Task, asyncio.TimerHandle] | None = None
+        self._started: tuple[weakref.ref[Task], asyncio.TimerHandle] | None = None
         limit_s = handler.config.request_timeout_s
         if header is not None and header.time_left_s is not None:
             limit_s = min(limit_s, header.time_left_s)
@@ -426,8 +427,12 @@ class RequestAdmission:
             of_reply = min(size_bytes - expected, self._ahead_of_reply)
             self._ahead_of_reply -= of_reply
             expected += of_reply
-        if size_bytes > expected:
-            self._reservation.grow(size_bytes - expected, must_fit=between)
+        if (
+            size_bytes > expected
+        ):  # a module may return any length: an answer that nobody could foresee may have to be dropped
+            alone = self._handler.inflight.bytes == self._reservation.size_bytes
+            must_fit = between or (self._method == FORWARD and not alone)
+            self._reservation.grow(size_bytes - expected, must_fit=must_fit)
 
     def _decoded(self) -> None:
         """Nothing has to be decoded any more."""
@@ -441,9 +446,10 @@ class RequestAdmission:
         self._handler.closed(self._uids)
         self._uids, self._shared, self._forward = (), {}, None
         if self._started is not None:
-            (task, timer), self._started = self._started, None
+            (started, timer), self._started = self._started, None
             timer.cancel()
-            task.future.cancel()
+            if (task := started()) is not None:
+                task.future.cancel()
 
     # --- started ---------------------------------------------------------------------------------------------------------
 
@@ -479,7 +485,10 @@ class RequestAdmission:
 
         late = DeadlineExceeded(_TOO_LATE)
         timer = asyncio.get_running_loop().call_later(self._deadline - time.monotonic(), answer, late)
-        self._started = (task, timer)
+        self._started = (
+            weakref.ref(task),
+            timer,
+        )  # its result is not to stay until the answer has left, if that is another
         self._reservation.keep_for(number)
         task.future.add_done_callback(settle)
         try:

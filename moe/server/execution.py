@@ -23,19 +23,22 @@ logger = logging.getLogger(__name__)
 Outcome = TaskResult | BaseException
 Compute = Callable[[list[Task]], list[TaskResult]]
 Join = Callable[[Task, Sequence[TaskResult]], TaskResult]
-Undoable = Callable[[], AbstractContextManager[None]]
+Undoable = Callable[[], AbstractContextManager[object]]
 
 MAX_ERROR_CHARS = 1000  # of a module's own error message
 
 
 def run_isolated(
-    tasks: list[Task], compute: Compute, join: Join | None = None, undoable: Undoable = contextlib.nullcontext
+    tasks: list[Task],
+    compute: Compute,
+    join: Join | None = None,
+    undoable: Undoable = contextlib.nullcontext,
 ) -> list[Outcome]:
     """Compute a batch; only tasks that fail on their own get an error.
 
     :param compute: returns one result per task; when it raises, it must have had no effect
     :param join: puts the results of a task's row ranges together; None if its tasks cannot be split by rows
-    :param undoable: a context that undoes the effects of the computations inside if it is left by an exception
+    :param undoable: a context for the parts of a task; undoes the effects of their computations if it is left by an exception
     :returns: one result or error per task, in order
     """
     try:
@@ -45,7 +48,7 @@ def run_isolated(
     except BaseException as e:  # a module may raise anything, SystemExit included
         error = e
     if is_device_lost(error):
-        raise DeviceLost(str(error)[:MAX_ERROR_CHARS]) from error
+        raise DeviceLost(text_of(error)) from error
     if is_out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(tasks) > 1:
@@ -84,30 +87,36 @@ def _rows_of(task: Task, start: int, stop: int) -> Task:
         task.lane,
         task.wants_grad,
         shared=task.shared,
+        number=task.number,
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for the ways torch says that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and "can't allocate memory" in text_of(error)
     )
 
 
 def is_device_lost(error: BaseException) -> bool:
     """True for errors after which every further use of the device fails as well (device-side asserts, lost devices)."""
     return isinstance(error, DeviceLost) or (
-        isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
+        isinstance(error, RuntimeError) and "CUDA error" in text_of(error) and not is_out_of_memory(error)
     )
 
 
-def as_expert_failure(error: BaseException) -> MoEError:
-    """What the caller is told: our own errors as they are, a module's by type and message, without a traceback."""
-    if isinstance(error, MoEError):
-        return error
+def text_of(error: BaseException) -> str:
+    """An error's message, whatever its class does."""
     try:
-        text = str(error)
-    except Exception:  # an exception whose __str__ raises
-        text = "(its message cannot be shown)"
-    failure = ExpertFailed(f"{type(error).__name__}: {text[:MAX_ERROR_CHARS]}")
-    return failure
+        return str(error).encode("utf-8", "backslashreplace").decode()[:MAX_ERROR_CHARS]
+    except BaseException:
+        return "(its message cannot be shown)"
+
+
+def as_expert_failure(error: BaseException) -> MoEError:
+    """What the caller is told: our own errors as they are, a module's by type and message. Without traceback and causes: they
+    would keep all tensors of the computation in memory."""
+    if isinstance(error, MoEError):
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
+    return ExpertFailed(f"{type(error).__name__}: {text_of(error)}")

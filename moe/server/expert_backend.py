@@ -18,6 +18,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -28,13 +29,12 @@ from torch import nn
 
 from moe.chains import Chain
 from moe.errors import ConfigError, ExpertFailed, NonFiniteError, SchemaError, TensorNotHeld
+from moe.expert_uid import UID_PATTERN, is_valid_uid
 from moe.schema import (
     DUMMY_BATCH_SIZE,
-    BatchTensorProto,
     Entry,
     ExpertSchema,
     Nested,
-    TensorProto,
     concatenate,
     digest,
     gradient_entries,
@@ -42,19 +42,24 @@ from moe.schema import (
     split,
     validate,
 )
-from moe.server.execution import Outcome, is_device_lost, run_isolated
-from moe.server.kept_forwards import KeptForward, Thrift
+from moe.server.dry_run import EmptyOutputs, infer_outputs, no_trace, zeros_for
+from moe.server.escapes import Escapes, is_told_by, is_wrapper, mend_all
+from moe.server.execution import Outcome, is_device_lost, is_out_of_memory, run_isolated, text_of
+from moe.server.gradients import add, usable
+from moe.server.kept_forwards import KeptForward, NotKept, Thrift
 from moe.server.matmul import speed_up_linear
+from moe.server.module_state import Attributes, has_graph, places_of
 from moe.server.optim import fuse, load_state, move_state, portable_state
-from moe.server.task_pool import Task, TaskPool, TaskResult
+from moe.server.ownership import SMALL_BYTES, held_elsewhere, lend, lends_for_nothing, own, plain
+from moe.server.task_pool import DeviceLost, Task, TaskPool, TaskResult
 from moe.server.transfer import to_cpu
 from moe.wire.messages import FEATURES, PROTOCOL_MAJOR, ExpertDescription
 
 logger = logging.getLogger(__name__)
 
 MAX_PADDING = 2.0  # lanes of unequal row counts are stacked if that at most doubles the rows; decision 0007
+WATCHED_RUNS = 8  # of the same shapes are watched for tensors that escape from them; ours
 MAX_CHAINS = 1024  # kept, one for each subset of the optional kwargs that callers give; ours
-_DRY_RUN_LENGTHS = (8, 5)  # of "any length" axes; two, to see which output axes follow them
 _lane_numbers = itertools.count()
 
 
@@ -71,7 +76,9 @@ class ExpertBackend:
     :param outputs_schema: protos of what the module returns; None: found by a dry run that leaves no trace
     :param optional_kwargs: kwargs that callers may leave out; absent ones are not passed to the module at all
     :param accumulate_steps: backward batches per optimizer step (their gradients are summed)
-    :param detect_anomalies: never return or step on non-finite values
+    :param detect_anomalies: never return or step on non-finite values: callers get NonFiniteError
+    :param train_on_non_finite: train with parameter gradients that are not finite (or have a norm beyond 1e16), too. By
+        default a call that has such gradients is answered, and trains nothing; others in its batch do
     :param min_batch_size: rows a batch waits for, ``timeout`` seconds at most
     :param max_batch_size: rows in one batch
     :param timeout: see min_batch_size
@@ -93,21 +100,32 @@ class ExpertBackend:
         optional_kwargs: Sequence[str] = (),
         accumulate_steps: int = 1,
         detect_anomalies: bool = False,
+        train_on_non_finite: bool = False,
         min_batch_size: int = 1,
         max_batch_size: int = 4096,
         timeout: float | None = None,
         pool_size: int | None = None,
     ):
+        if not is_valid_uid(name):
+            raise ConfigError(f"{name!r} is not a valid expert uid; uids follow {UID_PATTERN.pattern}")
         if optimizer is None and scheduler is not None:
             raise ConfigError(f"{name}: a scheduler needs an optimizer")
         if accumulate_steps < 1:
             raise ConfigError(f"{name}: accumulate_steps is at least 1, got {accumulate_steps}")
         self.name, self.module, self.optimizer, self.scheduler = name, module, optimizer, scheduler
         self.accumulate_steps, self.detect_anomalies = accumulate_steps, detect_anomalies
+        self.train_on_non_finite = train_on_non_finite
         self.step_lock = threading.RLock()
         self.updates = 0  # optimizer steps taken
+        self.failed_steps = 0
         self._accumulated = 0  # backward batches since the last step
+        self._generation = 0  # goes up with each change to the module that is made here
+        self._not_training: set[int] = set()  # tasks of the batch at hand whose gradients are not finite
+        self._batch_rows = 0
+        self._writes_inputs = False  # as far as it is known
         self._stackable: dict[tuple[str, tuple[str, ...]], bool] = {}
+        self._escapes: Escapes | None = None  # of the stacked run at hand
+        self._watched: Counter[Any] = Counter()  # stacked runs that were watched, by shapes
         self._chains: dict[tuple[str, ...], Chain] = {}
         self._thrift = Thrift()
         speed_up_linear(module)
@@ -115,8 +133,11 @@ class ExpertBackend:
             fuse(optimizer)
         self.schema = ExpertSchema(args_schema or (), kwargs_schema, outputs_schema, optional_kwargs)
         if self.schema.outputs is None:
-            outputs = _infer_outputs(name, module, self.schema)
+            outputs = infer_outputs(name, module, self.schema)
             self.schema = ExpertSchema(self.schema.args, self.schema.kwargs, outputs, optional_kwargs)
+        self._attributes = _attributes_of(module)
+        self._has_buffers = next(iter(module.buffers()), None) is not None
+        self._empty = EmptyOutputs(self.schema.output_entries)
         pool = dict(max_batch_size=max_batch_size, min_batch_size=min_batch_size, timeout=timeout, pool_size=pool_size)
         self.forward_pool = TaskPool(self._run_forward, name=f"{name}_forward", **cast(Any, pool))
         self.backward_pool = TaskPool(self._run_backward, name=f"{name}_backward", **cast(Any, pool))
@@ -318,8 +339,8 @@ class ExpertBackend:
         :returns: seconds it took
         :raises Exception: whatever the module raises
         """
-        with self.step_lock, _no_trace(self.module):
-            args, kwargs = self.schema.pack_inputs(_zeros_for(self.module, self.schema, rows, any_length), ())
+        with self.step_lock, no_trace(self.module):
+            args, kwargs = self.schema.pack_inputs(zeros_for(self.module, self.schema, rows, any_length), ())
             begin = time.perf_counter()
             for output in self._call_module(args, kwargs):
                 if output.is_cuda:
@@ -328,7 +349,26 @@ class ExpertBackend:
 
     def _run_forward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
-            return run_isolated(tasks, self._compute_forward, self._join_rows if self.schema.mergeable else None)
+            join = self._join_rows if self.schema.mergeable else None
+            return run_isolated(tasks, lambda tasks: self._computed(self._compute_forward, tasks), join)
+
+    def _computed(self, compute: Callable[[list[Task]], list[TaskResult]], tasks: list[Task]) -> list[TaskResult]:
+        """Compute; once more, if the module turns out to use a tensor that it has kept from an earlier stacked run. Statistics
+        that have become nan (a BatchNorm's, of one caller's rows) are put back: they would stay so."""
+        statistics = _small_buffers(self.module) if self._has_buffers and not self.train_on_non_finite else []
+        try:
+            return compute(tasks)
+        except RuntimeError as e:
+            if not is_told_by(text_of(e)):
+                raise
+        finally:
+            for part, name, value in statistics:
+                now = part._buffers.get(name)
+                if now is not None and not now.isfinite().all():
+                    part._buffers[name] = now.detach().copy_(value) if now.shape == value.shape else value
+        if mend_all():
+            self._stackable[tasks[0].operation, tasks[0].present] = False
+        return compute(tasks)
 
     def _compute_forward(self, tasks: list[Task]) -> list[TaskResult]:
         if tasks[0].rows == 0:
@@ -344,28 +384,63 @@ class ExpertBackend:
 
     def _forward_lane(self, lane: list[Task]) -> list[TaskResult]:
         _check_shared(lane)
+        rows = [task.rows for task in lane]
         outputs = self._forward_keeping(lane[0]) if len(lane) == 1 and lane[0].keep and self._thrift.keeps() else None
         if outputs is None:
             tensors = concatenate(lane[0].entries, [task.tensors for task in lane])
-            outputs = self.forward(*tensors, present=lane[0].present)
-        entries, rows = self.schema.output_entries, [task.rows for task in lane]
-        self._check_outputs(outputs, sum(rows))
-        return [list(part) for part in split(entries, outputs, rows)]
+            lent = self._to_lend(lane, tensors)
+            with self._noticing_writes([t for t, is_lent in zip(tensors, lent) if not is_lent]):
+                given = [lend(t) if is_lent else t for t, is_lent in zip(tensors, lent)]
+                outputs = own(self._checked(list(self.forward(*given, present=lane[0].present)), sum(rows)))
+        return [list(part) for part in split(self.schema.output_entries, outputs, rows)]
 
-    def _forward_keeping(self, task: Task) -> tuple[torch.Tensor, ...] | None:
-        """Outputs of one task, whose graph is kept in it; None if that does not work."""
+    def _forward_keeping(self, task: Task) -> list[torch.Tensor] | None:
+        """Outputs of one task, whose graph is kept in it if that is of use; None if they are to be computed without."""
 
-        def call(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-            return self._call_module(*self.schema.pack_inputs(leaves, task.present))
+        def call(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            return self._checked(self._call_module(*self.schema.pack_inputs(inputs, task.present)), task.rows)
 
         try:
             with self._as_trained():
-                kept = KeptForward(call, task.tensors, self.module.parameters())
-        except Exception as e:  # no memory for activations, or a module that autograd does not like: it may do without
+                kept = KeptForward(call, task.tensors, self.module, lambda: self._generation)
+        except NotKept as e:
+            logger.debug("%s: a forward is not kept: %s", self.name, e)
+            return None if e.outputs is None else own([output.detach() for output in e.outputs])
+        except (
+            BaseException
+        ) as e:  # no memory for activations, or a module that autograd does not like: it may do without
+            if is_device_lost(e):
+                raise
             logger.debug("%s: a forward cannot be kept (%r)", self.name, e)
             return None
         task.kept = kept
-        return tuple(output.detach() if isinstance(output, torch.Tensor) else output for output in kept.outputs)
+        held = held_elsewhere(kept.outputs, kept.saved)
+        return [t.detach().clone() if is_held else t.detach().contiguous() for t, is_held in zip(kept.outputs, held)]
+
+    def _to_lend(self, lane: list[Task], tensors: Sequence[torch.Tensor]) -> list[bool]:
+        """Which of a lane's tensors the module may not write to: somebody else may use them afterwards. Those that cannot be
+        lent for nothing are given to a module that has not been seen to write to its inputs."""
+        entries = lane[0].entries
+        shared = {id(held.tensor) for task in lane for held in task.shared}
+        always = self._writes_inputs or lane[0].keep
+        return [
+            not (len(lane) > 1 and entry.proto.batched)  # else it is a copy anyway
+            and (always or id(tensor) in shared or lends_for_nothing(tensor))
+            for entry, tensor in zip(entries, tensors)
+        ]
+
+    @contextlib.contextmanager
+    def _noticing_writes(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Notice if the module writes to these tensors, which are not lent: they can be used no more then."""
+        before = [tensor._version for tensor in tensors]
+        try:
+            yield
+        except BaseException as e:
+            if not is_device_lost(e) and any(t._version != version for t, version in zip(tensors, before)):
+                self._writes_inputs = True
+                raise ExpertFailed(f"{type(e).__name__}, after it had written to its inputs; send them again") from e
+            raise
+        self._writes_inputs |= any(t._version != version for t, version in zip(tensors, before))
 
     def _call_module(self, args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> list[torch.Tensor]:
         """The module's outputs, flat.
@@ -378,25 +453,32 @@ class ExpertBackend:
         except SchemaError as e:
             raise ExpertFailed(e.message) from None
 
-    def _check_outputs(self, outputs: Sequence[Any], rows: int) -> None:
-        for entry, output in zip(self.schema.output_entries, outputs):
-            if not isinstance(output, torch.Tensor):
-                raise ExpertFailed(f"the module returned {type(output).__name__} as {entry.path}, not a tensor")
+    def _checked(self, outputs: list[Any], rows: int) -> list[torch.Tensor]:
+        """The module's outputs, each an ordinary tensor of its schema; in place.
+
+        :raises ExpertFailed: one is not
+        """
+        for i, entry in enumerate(self.schema.output_entries):
+            if not isinstance(outputs[i], torch.Tensor):
+                raise ExpertFailed(f"the module returned {type(outputs[i]).__name__} as {entry.path}, not a tensor")
+            try:
+                outputs[i] = plain(outputs[i])
+            except ValueError as e:
+                raise ExpertFailed(f"the module returned {e} as {entry.path}, which cannot be sent") from None
         try:
             validate(self.schema.output_entries, outputs, rows=rows, what="outputs")
         except SchemaError as e:
             raise ExpertFailed(f"the module returned something else than its schema says: {e.message}") from None
+        return outputs
 
     def _empty_outputs(self, task: Task) -> TaskResult:
-        """Outputs for no rows: those of some rows of zeros, without the rows (a module need not take empty batches)."""
-        some_rows = [
-            t.new_zeros((DUMMY_BATCH_SIZE, *t.shape[1:])) if entry.proto.batched else t
-            for entry, t in zip(task.entries, task.tensors)
-        ]
-        with _no_trace(self.module):
-            outputs = self.forward(*some_rows, present=task.present)
-        self._check_outputs(outputs, DUMMY_BATCH_SIZE)
-        return [t[:0].cpu() if e.proto.batched else t.cpu() for e, t in zip(self.schema.output_entries, outputs)]
+        """Outputs for no rows (a module need not take empty batches)."""
+
+        def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            with no_trace(self.module):
+                return self._checked(list(self.forward(*inputs, present=task.present)), DUMMY_BATCH_SIZE)
+
+        return list(self._empty.answer(task.present, task.entries, task.tensors, run))
 
     # --- backward (Runtime thread) -----------------------------------------------------------------------------------
 
@@ -433,12 +515,51 @@ class ExpertBackend:
 
     def _run_backward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
+            self._not_training.clear()
+            self._batch_rows = sum(task.rows for task in tasks)
             join = self._join_rows if self.schema.mergeable else None
-            outcomes = run_isolated(tasks, self._compute_backward, join, self._parameter_gradients)
-            trained = [t.rows for t, outcome in zip(tasks, outcomes) if not isinstance(outcome, BaseException)]
-            if sum(trained) > 0:
-                self.on_backward(sum(trained))
+            outcomes = run_isolated(
+                tasks, lambda tasks: self._computed(self._compute_backward, tasks), join, self._added_gradients
+            )
+            rows = sum(
+                task.rows
+                for task, outcome in zip(tasks, outcomes)
+                if not isinstance(outcome, BaseException) and task.number not in self._not_training
+            )
+            if rows > 0:
+                self._train(rows)
             return outcomes
+
+    def _train(self, rows: int) -> None:
+        """``on_backward``. If it fails, the callers get their gradients all the same: they are right, a repeat would train
+        once more with what may have been trained already, and no caller can mend an optimizer."""
+        try:
+            self.on_backward(rows)
+        except BaseException as e:
+            if is_device_lost(e):
+                raise DeviceLost(text_of(e)) from e
+            self.failed_steps += 1
+            self._accumulated = 0
+            logger.critical("%s: a step of its optimizer has failed; it may be half done", self.name, exc_info=e)
+            self._forget_gradients()
+            self._generation += 1
+            return
+        if not self._trains_as_usual or self._accumulated == 0:
+            self._generation += 1
+
+    @property
+    def _trains_as_usual(self) -> bool:
+        return getattr(self.on_backward, "__func__", None) is ExpertBackend.on_backward
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _parameters(self) -> list[torch.Tensor]:
+        """Those of the module, and what else the optimizer trains."""
+        groups = getattr(self.optimizer, "param_groups", ())
+        more = (parameter for group in groups for parameter in group["params"])
+        return list({id(p): p for p in itertools.chain(self.module.parameters(), more)}.values())
 
     def _compute_backward(self, tasks: list[Task]) -> list[TaskResult]:
         """Gradients of these tasks; parameter gradients are added up, unless this raises: then they are as before."""
@@ -448,15 +569,15 @@ class ExpertBackend:
             for task in tasks:
                 self._refuse_non_finite(task.tensors, task.entries)
         kept, tasks[0].kept = tasks[0].kept, None
-        if len(tasks) == 1 and kept is not None and kept.unchanged and kept.is_of(tasks[0].inputs):
+        if len(tasks) == 1 and kept is not None and kept.is_of(tasks[0].inputs):
             try:
-                with self._parameter_gradients():
+                with self._parameter_gradients(tasks):
                     return to_cpu(self._finish_backward(tasks, [self._backward_kept(tasks[0], kept)]))
-            except Exception as e:
+            except BaseException as e:
                 if is_device_lost(e) or isinstance(e, NonFiniteError):
                     raise
                 logger.debug("%s: a forward that was kept is of no use (%r)", self.name, e)
-        with self._parameter_gradients():
+        with self._parameter_gradients(tasks):
             return to_cpu(
                 self._finish_backward(tasks, self._run_lanes(tasks, self._backward_lane, self._backward_stacked))
             )
@@ -474,24 +595,48 @@ class ExpertBackend:
         count = len(task.wants_grad)
         _check_shared([task])
         wanted = [leaf for leaf, wants in zip(kept.leaves, task.wants_grad) if wants]
-        into = [*wanted, *(p for p in self.module.parameters() if p.requires_grad)]
+        into = [*wanted, *(p for p in self._parameters() if p.requires_grad)]
         if into:
             _backpropagate(kept.outputs, task.tensors[count:], task.entries[count:], into)
         self._thrift.used()
-        return _gradients_of(kept.leaves, task.wants_grad)
+        return own(_gradients_of(kept.leaves, task.wants_grad), apart=True)
 
     def _backward_lane(self, lane: list[Task]) -> list[TaskResult]:
         _check_shared(lane)
+        try:
+            return self._backward_once(lane)
+        except RuntimeError as e:
+            if self._writes_inputs or "leaf Variable that requires grad" not in text_of(e):
+                raise
+        finally:  # of a graph that is used up: the next backward would fail
+            self._forget(has_graph)
+        self._writes_inputs = True
+        self._forget_gradients()  # _parameter_gradients has put earlier ones aside
+        return self._backward_once(lane)
+
+    def _forget(self, unwanted: Callable[[torch.Tensor], bool]) -> None:
+        """Let the module not keep such tensors."""
+        if places := places_of(self.module, unwanted):
+            self._attributes.forget(places)
+
+    def _backward_once(self, lane: list[Task]) -> list[TaskResult]:
         first = lane[0]
         tensors = concatenate(first.entries, [task.tensors for task in lane])
         count = len(first.wants_grad)
         leaves = _leaves(tensors[:count], first.wants_grad)
-        args, kwargs = self.schema.pack_inputs(leaves, first.present)
-        with torch.enable_grad():
-            outputs = self._call_module(args, kwargs)
-            self._check_outputs(outputs, sum(task.rows for task in lane))
+        # Autograd lets nobody write to a leaf: one that wants a gradient is lent even if it is a copy.
+        lent = [
+            is_lent or (wanted and lends_for_nothing(leaf))
+            for is_lent, wanted, leaf in zip(self._to_lend(lane, tensors[:count]), first.wants_grad, leaves)
+        ]
+        direct = [leaf for leaf, is_lent in zip(leaves, lent) if not is_lent]
+        with torch.enable_grad(), self._noticing_writes(direct):
+            given = [lend(leaf) if is_lent else leaf for leaf, is_lent in zip(leaves, lent)]
+            args, kwargs = self.schema.pack_inputs(given, first.present)
+            outputs = self._checked(self._call_module(args, kwargs), sum(task.rows for task in lane))
             _backpropagate(outputs, tensors[count:], first.entries[count:])
-        grads = _gradients_of(leaves, first.wants_grad)
+            del given, args, kwargs, outputs
+        grads = own(_gradients_of(leaves, first.wants_grad), apart=True)
         entries = first.entries[:count]
         rows = [task.rows for task in lane]
         kept = [i for i, grad in enumerate(grads) if grad is not None]
@@ -515,22 +660,45 @@ class ExpertBackend:
                 parameter.requires_grad_(True)
 
     @contextlib.contextmanager
-    def _parameter_gradients(self) -> Iterator[None]:
-        """Let the body compute parameter gradients from none; add them to those of before, or drop them if it raises."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        before = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
+    def _parameter_gradients(self, tasks: Sequence[Task]) -> Iterator[None]:
+        """Let the body compute the tasks' parameter gradients from none; add them to those of before. They are dropped if it
+        raises, or if they cannot be trained with and belong to one task.
+
+        :raises NonFiniteError: they cannot be trained with, and belong to several tasks
+        """
+        with self._added_gradients(whole=sum(task.rows for task in tasks) == self._batch_rows) as parameters:
+            yield
+            if self.train_on_non_finite or usable(p.grad for p in parameters if p.grad is not None):
+                return
+            if len(tasks) > 1:  # halving finds those whose they are
+                raise NonFiniteError("somebody's parameter gradients are not finite")
+            logger.warning("%s: parameter gradients of %s are not finite: not trained", self.name, tasks[0].peer)
+            self._not_training.add(tasks[0].number)
+
+    @contextlib.contextmanager
+    def _added_gradients(self, whole: bool = False) -> Iterator[list[torch.Tensor]]:
+        """Let the body compute parameter gradients from none; add them to those of before, or drop them if it raises, or if a
+        task in it must not train. (Parts of a task have its number.)
+
+        :param whole: it computes the whole batch: if a step is due, nothing else will be added to them
+        """
+        parameters = [p for p in self._parameters() if p.requires_grad]
+        before = _take_gradients(parameters)
+        spoilt = len(self._not_training)
         done = False
         try:
             with self._as_trained():
-                yield
-            done = True
+                yield parameters
+            done = len(self._not_training) == spoilt
         finally:
-            for parameter, grad in zip(parameters, before):
-                if grad is not None and parameter.grad is not None and done:
-                    grad.add_(parameter.grad)
-                if grad is not None or not done:
+            gradients = _take_gradients(parameters)
+            if done:
+                if not (whole and self.accumulate_steps == 1 and self._trains_as_usual):
+                    gradients = _in_own_memory(gradients)
+                for parameter, grad, more in zip(parameters, before, gradients):
+                    parameter.grad = add(grad, more)
+            else:
+                for parameter, grad in zip(parameters, before):
                     parameter.grad = grad
 
     def _refuse_non_finite(
@@ -577,15 +745,41 @@ class ExpertBackend:
     def _try_stacked(
         self, lanes: list[list[Task]], run_stacked: Callable[[list[list[Task]]], list[TaskResult]]
     ) -> list[TaskResult] | None:
-        """Run lanes in one launch, or None if that fails."""
+        """Run lanes in one launch, or None if that fails, or leaves something behind in the module: then it is as before."""
         first = lanes[0][0]
+        key = (first.operation, first.present)
+        before = _Before(self.module, proven=key in self._stackable)
+        self._escapes = Escapes() if self._watched[self._shapes(lanes)] < WATCHED_RUNS else None
+        results, problem, no_memory = None, "", None
         try:
-            return run_stacked(lanes)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as e:  # vmap says it in many ways: random numbers, control flow on data, in-place updates, ...
-            logger.info("%s: its %s runs callers with own globals one by one (%r)", self.name, first.operation, e)
-            return None
+            results = run_stacked(lanes)
+        except (
+            BaseException
+        ) as e:  # vmap says it in many ways: random numbers, control flow on data, in-place updates, ...
+            if is_device_lost(e):
+                raise
+            problem = f"{type(e).__name__}: {text_of(e)}"
+            no_memory = torch.OutOfMemoryError(text_of(e)) if is_out_of_memory(e) else None
+        left = before.has_left_something()
+        escapes, self._escapes = self._escapes, None
+        if (escapes is not None and escapes.mend()) or left:
+            results, problem = None, "it keeps tensors made of its inputs, or writes to its buffers"
+        if results is None:
+            before.restore(self._attributes)
+        if no_memory is not None:
+            raise no_memory
+        if results is None:
+            logger.info("%s: its %s runs callers with own globals one by one (%s)", self.name, first.operation, problem)
+        else:
+            self._stackable[key] = True
+            self._watched[self._shapes(lanes)] += 1
+        return results
+
+    def _shapes(self, lanes: list[list[Task]]) -> Any:
+        """The same for stacked runs in which the module sees the same shapes."""
+        if len(self._watched) > MAX_CHAINS:
+            self._watched.clear()
+        return lanes[0][0].group, len(lanes), max(sum(task.rows for task in lane) for lane in lanes)
 
     def _stack(self, lanes: list[list[Task]], grad: bool) -> tuple[list[torch.Tensor], list[int], int]:
         """Flat tensors with a leading lane axis: batched ones padded to (lanes, rows, *), globals stacked (lanes, *)."""
@@ -622,17 +816,22 @@ class ExpertBackend:
         return results
 
     def _vmapped(self, present: tuple[str, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        escapes = self._escapes
+
         def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(self._call_module(*self.schema.pack_inputs(tensors, present)))
+            if escapes is not None:
+                escapes.watch(tensors)
+            with escapes or contextlib.nullcontext():
+                return tuple(self._call_module(*self.schema.pack_inputs(tensors, present)))
 
         return cast("Callable[..., tuple[torch.Tensor, ...]]", torch.func.vmap(call))
 
     def _forward_stacked(self, lanes: list[list[Task]]) -> list[TaskResult]:
         stacked, _, most = self._stack(lanes, grad=False)
         with torch.no_grad():
-            outputs = self._vmapped(lanes[0][0].present)(*stacked)
-        self._check_outputs([output[0] for output in outputs], most)
-        return self._unstack(lanes, outputs, self.schema.output_entries)
+            outputs = list(self._vmapped(lanes[0][0].present)(*stacked))
+        self._checked([output[0] for output in outputs], most)
+        return self._unstack(lanes, own(cast(TaskResult, outputs)), self.schema.output_entries)
 
     def _backward_stacked(self, lanes: list[list[Task]]) -> list[TaskResult]:
         first = lanes[0][0]
@@ -642,13 +841,14 @@ class ExpertBackend:
         try:
             with torch.enable_grad():
                 outputs = self._vmapped(first.present)(*leaves)
-                self._check_outputs([output[0] for output in outputs], most)
+                self._checked([output[0] for output in outputs], most)
                 _backpropagate(outputs, stacked[count:], first.entries[count:])
         except BaseException:
-            for parameter in self.module.parameters():
-                parameter.grad = None  # _parameter_gradients has put earlier ones aside
+            self._forget_gradients()  # _parameter_gradients has put earlier ones aside
             raise
-        return self._unstack(lanes, _gradients_of(leaves, first.wants_grad), first.entries[:count])
+        del outputs
+        grads = own(_gradients_of(leaves, first.wants_grad), apart=True)
+        return self._unstack(lanes, grads, first.entries[:count])
 
     # --- rows of one task, when memory is short --------------------------------------------------------------------------
 
@@ -678,6 +878,9 @@ class ExpertBackend:
             if self.scheduler is not None:
                 state["scheduler"] = self.scheduler.state_dict()
             state["moe"] = {"uid": self.name, "schema": self.schema.to_plain(), "updates": self.updates}
+            if self._accumulated:  # backward batches whose step is still to come
+                grads = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+                state["moe"] |= {"accumulated": self._accumulated, "gradients": grads}
             return cast("dict[str, Any]", _detached_copy(state))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -691,12 +894,20 @@ class ExpertBackend:
             for part in ("optimizer", "scheduler"):
                 if getattr(self, part) is not None and part not in state_dict:
                     logger.warning("%s: the checkpoint has no %s state", self.name, part)
-            self.updates = int(state_dict.get("moe", {}).get("updates", 0))
+            ours = state_dict.get("moe", {})
+            self.updates, self._accumulated = int(ours.get("updates", 0)), int(ours.get("accumulated", 0))
+            self._generation += 1
+            self._forget_gradients()
+            gradients = ours.get("gradients", {})
+            for name, parameter in self.module.named_parameters():
+                if name in gradients:
+                    parameter.grad = gradients[name].to(parameter.device, parameter.dtype, copy=True)
 
     def to(self, device: torch.device | str) -> None:
         """Move module and optimizer state to a device, in place."""
         with self.step_lock:
             self.module.to(device)
+            self._generation += 1
             if self.optimizer is not None:
                 move_state(self.optimizer, device)
 
@@ -705,6 +916,59 @@ ModuleBackend = ExpertBackend  # hivemind's name
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------------------
+
+
+class _Before:
+    """A module before a stacked run.
+
+    :param proven: such a run has left nothing in it so far, so that it need not be able to put everything back
+    """
+
+    def __init__(self, module: nn.Module, *, proven: bool):
+        self._module = module
+        self._attributes = None if proven else _attributes_of(module)
+        self._buffers = [(b, b._version, None if proven else b.detach().clone()) for b in module.buffers()]
+
+    def has_left_something(self) -> bool:
+        """Does the module keep something that has no meaning outside of the run, or has it written to its buffers?"""
+        return bool(places_of(self._module, _means_nothing_outside)) or any(
+            buffer._version != version for buffer, version, _ in self._buffers
+        )
+
+    def restore(self, pristine: Attributes) -> None:
+        """Put it back as it was; what is not known of it, as it was made."""
+        if self._attributes is not None:
+            self._attributes.restore()
+        pristine.forget(places_of(self._module, _means_nothing_outside))
+        for buffer, version, value in self._buffers:
+            if value is not None and buffer._version != version:
+                buffer.detach().copy_(value)
+
+
+def _means_nothing_outside(tensor: torch.Tensor) -> bool:
+    return is_wrapper(tensor) or has_graph(tensor)
+
+
+def _attributes_of(module: nn.Module) -> Attributes:
+    try:
+        return Attributes(module)
+    except ValueError:  # too much to look at
+        return Attributes(nn.Identity())
+
+
+def _small_buffers(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """Copies of a module's small floating-point buffers that are finite, with their places, if it is in training."""
+    if not module.training:
+        return []
+    return [
+        (part, name, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+        and buffer.is_floating_point()
+        and buffer.nbytes <= SMALL_BYTES
+        and buffer.isfinite().all()
+    ]
 
 
 def _lanes(tasks: list[Task]) -> list[list[Task]]:
@@ -746,15 +1010,36 @@ def _backpropagate(
 
 
 def _leaves(inputs: Sequence[torch.Tensor], wants_grad: Sequence[bool]) -> list[torch.Tensor]:
-    return [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(inputs, wants_grad)]
+    ordinary = (tensor.clone() if tensor.is_inference() else tensor for tensor in inputs)
+    return [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(ordinary, wants_grad)]
+
+
+def _take_gradients(tensors: Sequence[torch.Tensor]) -> TaskResult:
+    """Their gradients; they have none any more."""
+    gradients: TaskResult = []
+    for tensor in tensors:
+        gradients.append(tensor.grad)
+        if gradients[-1] is not None:
+            tensor.grad = None
+    return gradients
+
+
+def _in_own_memory(gradients: TaskResult) -> TaskResult:
+    if any(gradient is not None and gradient.layout is not torch.strided for gradient in gradients):
+        return gradients
+    return own(gradients, apart=True, contiguous=False)
 
 
 def _gradients_of(leaves: Sequence[torch.Tensor], wants_grad: Sequence[bool]) -> TaskResult:
-    """Gradients of the leaves that want one: zeros where the outputs do not depend on them."""
-    return [
-        (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad) if wanted else None
-        for leaf, wanted in zip(leaves, wants_grad)
-    ]
+    """Gradients of the leaves that want one: zeros where the outputs do not depend on them. The leaves have none any more."""
+    gradients: TaskResult = []
+    for leaf, wanted in zip(leaves, wants_grad):
+        gradients.append((torch.zeros_like(leaf) if leaf.grad is None else leaf.grad) if wanted else None)
+        leaf.grad = None
+        if (grad := gradients[-1]) is not None and grad.layout is not torch.strided:
+            gradients[-1] = grad.to_dense()
+        del grad
+    return gradients
 
 
 def _zero_gradients(task: Task) -> TaskResult:
@@ -778,76 +1063,3 @@ def _detached_copy(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(_detached_copy(value) for value in state)
     return state
-
-
-@contextlib.contextmanager
-def _no_trace(module: nn.Module) -> Iterator[None]:
-    """Run a module without leaving a trace in it: buffers and random state as before, no gradients."""
-    owners = list(module.modules())
-    kept = [dict(owner._buffers) for owner in owners]
-    values = {id(b): b.detach().clone() for buffers in kept for b in buffers.values() if b is not None}
-    devices = {p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        with torch.no_grad():
-            for owner, buffers in zip(owners, kept):
-                owner._buffers.clear()  # also of those that were made or replaced
-                owner._buffers.update(buffers)
-                for buffer in buffers.values():
-                    if buffer is not None:
-                        buffer.copy_(values[id(buffer)])
-
-
-def _zeros_for(module: nn.Module, schema: ExpertSchema, rows: int, any_length: int) -> list[torch.Tensor]:
-    """Flat inputs without the optional ones, where the module is."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return [
-        proto.make_zeros(rows, any_length=any_length, device=device)
-        if isinstance(proto, BatchTensorProto)
-        else proto.make_zeros(any_length=any_length, device=device)
-        for _, proto in schema.input_entries(())
-    ]
-
-
-def _infer_outputs(name: str, module: nn.Module, schema: ExpertSchema) -> Nested:
-    """Find what a module returns from two dry runs of different batch size and different "any" lengths.
-
-    An axis that follows the batch size is the batch axis, one that follows the lengths is any length. Optional kwargs are
-    left out.
-    """
-    import optree
-
-    shapes: list[list[torch.Tensor]] = []
-    structure: Any = None
-    for rows, length in zip((DUMMY_BATCH_SIZE, DUMMY_BATCH_SIZE - 1), _DRY_RUN_LENGTHS):
-        args, kwargs = schema.pack_inputs(_zeros_for(module, schema, rows, length), ())
-        try:
-            with _no_trace(module):
-                outputs = module(*args, **kwargs)
-        except Exception as e:
-            raise SchemaError(
-                f"{name}: the dry run that finds outputs_schema failed with {type(e).__name__}: {e}. Check args_schema "
-                f"and kwargs_schema, or pass outputs_schema"
-            ) from e
-        leaves, structure = optree.tree_flatten(outputs)
-        if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-            raise SchemaError(f"{name}: the module must return tensors, got {type(outputs).__name__}")
-        shapes.append(leaves)
-    protos: list[TensorProto] = []
-    has_rows = any(entry.proto.batched for entry in schema.input_entries(()))
-    if len(shapes[0]) != len(shapes[1]):
-        raise SchemaError(f"{name}: {len(shapes[0])} outputs for 3 rows and {len(shapes[1])} for 2")
-    for first, second in zip(*shapes):
-        if first.ndim != second.ndim:
-            raise SchemaError(f"{name}: an output has {first.ndim} axes for 3 rows and {second.ndim} for 2")
-        batched = (
-            has_rows
-            and first.ndim > 0
-            and (first.shape[0], second.shape[0]) == (DUMMY_BATCH_SIZE, DUMMY_BATCH_SIZE - 1)
-        )
-        kind = BatchTensorProto if batched else TensorProto
-        pairs = zip(first.shape[batched:], second.shape[batched:])
-        protos.append(kind(*(a if a == b else None for a, b in pairs), dtype=first.dtype))
-    return optree.tree_unflatten(structure, cast(Any, protos))

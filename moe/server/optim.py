@@ -108,16 +108,23 @@ def fuse(optimizer: Optimizer) -> None:
     """Let Adam and AdamW update all parameters in one pass over memory, unless somebody chose how they compute.
 
     torch's default on CPU is a dozen passes, which took three times as long (docs/performance.md). Equal to that to 1e-6 a
-    step. SGD gains nothing.
+    step. SGD gains nothing. What is fused counts no version of what it writes to: nobody may rely on these.
     """
     while isinstance(optimizer, OptimizerWrapper):
         optimizer = optimizer.optim
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or not _fused_adam_works():
-        return
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not _fused_adam_works():
+        return  # a subclass may compute otherwise
     for group in optimizer.param_groups:
         chosen = any(group[how] is not None for how in _HOW) or group["differentiable"]
-        if not chosen and all(parameter.is_floating_point() for parameter in group["params"]):
+        if not chosen and all(parameter.is_floating_point() and _is_dense(parameter) for parameter in group["params"]):
             group["fused"] = True
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Does it fill its piece of memory? torch's fused kernels take that for granted, and compute nonsense where it is not so
+    (a parameter made of some columns of another tensor)."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.numel() == 0 or length == tensor.numel()
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from moe.server.expert_backend import ExpertBackend
 from moe.server.runtime import Runtime
 from moe.server.task_pool import Task, TaskPool, TaskResult
 from moe.testing.faults import FaultPlan, FaultyTransport
+from moe.testing.idle import check_idle
 from moe.transport.base import ExpertService, ExpertTransport
 from moe.transport.memory import MemoryPeer, MemoryTransport
 
@@ -185,7 +186,7 @@ def memory_swarm(
     handler_config: HandlerConfig | None = None,
     **runtime_options: Any,
 ) -> Iterator[MemorySwarm]:
-    """Serve experts in this process.
+    """Serve experts in this process. When they have stopped, nothing may be left of any request: see ``check_idle``.
 
     >>> with memory_swarm({"ffn.0.0": ExpertBackend("ffn.0.0", module, args_schema=(BatchTensorProto(64),))}) as swarm:
     ...     y = swarm.expert("ffn.0.0")(torch.randn(3, 64))
@@ -206,3 +207,5 @@ def memory_swarm(
         for server in servers:
             stack.enter_context(server)
         yield MemorySwarm(servers, plan, config)
+    for server in servers:
+        check_idle(server)

@@ -25,6 +25,7 @@ from typing import Any
 
 from moe.dht import DHT, start_dht, stop_dht
 from moe.errors import LifecycleError
+from moe.server.idle import LEFT_AT_THE_END
 from moe.testing.processes import Guard, kill_session, session_members
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class LocalSwarm:
     :param stop_timeout_s: for a server that was asked to end, before it is killed
     :param env: environment variables, added to those of this process
     :param command: the program, for tests of this class
+    :ivar left_behind: set by ``stop``: what servers that were asked to end still had of requests then (see ``check_idle``).
+        At the end of the ``with`` that is an AssertionError
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class LocalSwarm:
         self._servers = [_ServerProcess(f"server{i}", args, self.directory) for i, args in enumerate(servers)]
         self._dhts: list[Any] = []
         self._guard: Guard | None = None
+        self.left_behind: list[str] = []
 
     def __repr__(self) -> str:
         running = sum(server.running for server in self._servers)
@@ -110,6 +114,8 @@ class LocalSwarm:
             for server in self._servers:
                 logger.error("log of %s:\n%s", server.name, server.log_tail())
         self.stop()
+        if error is None and self.left_behind:
+            raise AssertionError("; ".join(self.left_behind))
 
     # --- all servers -------------------------------------------------------------------------------------------------
 
@@ -151,6 +157,7 @@ class LocalSwarm:
         if self._guard is not None:
             self._guard.close()
             self._guard = None
+        self.left_behind = [f"{server.name}: {line}" for server in self._servers for line in _left_behind(server)]
         if self._own_directory:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -279,6 +286,12 @@ def _ready_line(server: _ServerProcess) -> str | None:
     """The finished line by which a server says where it is, once it has."""
     lines = server.out_path.read_text(errors="replace").splitlines(keepends=True)
     return next((line for line in lines if line.startswith(READY_PREFIX) and line.endswith("\n")), None)
+
+
+def _left_behind(server: _ServerProcess) -> list[str]:
+    """What a server has said about that, over all its runs."""
+    text = server.log_path.read_text(errors="replace") if server.log_path.exists() else ""
+    return [line for line in text.splitlines() if LEFT_AT_THE_END in line]
 
 
 def _wait_until(condition: Callable[[], bool], deadline: float) -> bool:

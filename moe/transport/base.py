@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -23,6 +23,7 @@ from moe.wire.messages import ExpertDescription, ReplyHeader, RequestHeader
 T = TypeVar("T")
 
 FORWARD, BACKWARD = "forward", "backward"
+_CANCEL_GRACE_S = 1.0  # for what was waited for to clean up; it is not waited for any longer
 INFO, TICKET = "info", "ticket"  # what a server may be asked for besides
 
 
@@ -163,16 +164,31 @@ class ExpertService(Protocol):
 
 
 async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str, peer: str | None = None) -> T:
-    """Await with a deadline.
+    """Await with a deadline. A cancellation is never lost, as it can be in ``asyncio.wait_for`` before Python 3.12.
 
     :raises CallTimeout: naming what took too long
     """
+    if timeout_s is None:
+        return await awaitable
+    waited = asyncio.ensure_future(awaitable)
     try:
-        return await asyncio.wait_for(awaitable, timeout_s)
-    except (asyncio.TimeoutError, TimeoutError) as e:
-        if isinstance(e, MoEError) or timeout_s is None:  # the call's own: several of ours are TimeoutErrors
-            raise
-        raise CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer) from None
+        in_time, _ = await asyncio.wait({waited}, timeout=max(0.0, timeout_s))
+        if not in_time:
+            await _end(waited)
+    except asyncio.CancelledError:
+        await _end(waited)
+        raise
+    if in_time or (waited.done() and not waited.cancelled()):
+        return waited.result()
+    raise CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer)
+
+
+async def _end(waited: asyncio.Future[Any]) -> None:
+    """Cancel it, and let it clean up."""
+    waited.cancel()
+    ended, _ = await asyncio.wait({waited}, timeout=_CANCEL_GRACE_S)
+    if ended and not waited.cancelled():
+        waited.exception()  # else asyncio says that nobody has looked
 
 
 async def answered_within(answer: asyncio.Future[T], timeout_s: float | None, what: str, peer: str | None = None) -> T:

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Coroutine
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 import uvloop
 
 from moe.errors import CallTimeout, LifecycleError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -103,7 +106,13 @@ class EventLoopThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
+            while not self._stopping:
+                try:
+                    self._loop.run_forever()
+                except (
+                    BaseException
+                ):  # SystemExit or KeyboardInterrupt of somebody's code: all others would wait for ever
+                    logger.exception("something that ran in event loop %s wanted to end it", self.name)
         finally:
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:

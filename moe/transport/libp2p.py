@@ -13,8 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -29,16 +32,20 @@ from moe.errors import (
     ConnectError,
     ExpertFailed,
     MoEError,
+    Overloaded,
     PeerGone,
     ProtocolError,
     ReplyTooLarge,
     TransportError,
     Unavailable,
     error_from_wire,
+    error_named,
+    printable,
 )
 from moe.expert_uid import MAX_UID_LENGTH, PeerIDLike
-from moe.schema import Compression
+from moe.schema import DTYPES, MAX_TENSORS, Compression
 from moe.transport.base import FORWARD, Call, ExpertService, Reply, within
+from moe.transport.inflight import Reservation
 from moe.transport.tickets import Ticket, decode_ticket, encode_ticket
 from moe.wire.hivemind_dialect import (
     MAX_MESSAGE_BYTES,
@@ -48,6 +55,7 @@ from moe.wire.hivemind_dialect import (
     RPC_INFO,
     RPC_TICKET,
     STREAM_SUFFIX,
+    Bounded,
     ExpertInfo,
     ExpertRequest,
     ExpertResponse,
@@ -61,6 +69,7 @@ from moe.wire.hivemind_dialect import (
     to_message,
 )
 from moe.wire.messages import (
+    MAX_ERROR_CHARS,
     ExpertDescription,
     ReplyHeader,
     WireError,
@@ -68,7 +77,7 @@ from moe.wire.messages import (
     decode_request_header,
     encode_header,
 )
-from moe.wire.tensors import EncodedTensor, decode_tensor, encode_tensor
+from moe.wire.tensors import EncodedTensor, count_values, decode_tensor, encode_tensor, max_encoded_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +85,12 @@ _RPC_OF_METHOD = {FORWARD: RPC_FORWARD, "backward": RPC_BACKWARD}
 _MESSAGE, _END = b"\x00", b"\x01"
 _LENGTH_BYTES = 8
 _LINGER_S = 2.0  # for a caller to read the last of a reply; ours
+_COPIES = 3  # of a message: the bytes, those of protobuf, and what is made of them
+MAX_STREAMS_PER_PEER = 256  # at one time; each has a socket and a buffer of 128 KiB
 _SMALL_BYTES = 64 * 1024  # tensors up to this are (de)coded in the event loop; ours, about 10 us
 _STREAM_BACKLOG = 4096  # Linux allows no more unless told so
-_HANDLER_ERROR = re.compile(r"^(?:.*?: )?(\w+)\((.*)\)$", re.DOTALL)  # repr of an exception, as unary calls relay it
+_ERROR_NAME = re.compile(r"(\w{1,64})\(")  # how the repr of an exception begins, in which unary calls relay it
+_MAX_ERROR_BYTES = 2**16  # of the message that ends a stream with an error
 _NOT_REACHED = ("failed to find any peer", "failed to dial", "no addresses", "routing: not found", "no good addresses")
 
 
@@ -146,21 +158,39 @@ async def _open_stream(p2p: P2P, peer_id: PeerID, handle: str) -> tuple[asyncio.
 
 
 class _Reader:
-    """Reads stream messages of bounded length, each within a deadline."""
+    """Reads stream messages of bounded length and number of parts, each within a deadline.
 
-    def __init__(self, reader: asyncio.StreamReader, timeout_s: float | None, peer: str, must_end: bool = False):
+    :param timeout_s: for one message, all of it; None: whoever reads has a deadline
+    :param must_end: the stream is a request, which says that it ends; a reply may just end
+    :param counted: where the memory of the message at hand is reserved
+    :ivar deadline: monotonic time at which nothing is read any more
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        timeout_s: float | None,
+        peer: str,
+        must_end: bool = False,
+        counted: Reservation | None = None,
+    ):
         self._reader, self._timeout_s, self._peer, self._must_end = reader, timeout_s, peer, must_end
+        self._counted = counted
+        self.deadline = math.inf
 
     async def messages(self, message_type: Any) -> AsyncIterator[Any]:
         """Messages until the end of the stream.
 
-        :raises RemoteError: the peer ended the stream with an error
-        :raises PeerGone: the connection broke
-        :raises CallTimeout: nothing came for too long
+        :param message_type: ExpertRequest or ExpertResponse
+        :raises RemoteError: the server ended the stream with an error
+        :raises PeerGone: the connection broke, or the client ended the stream with an error
+        :raises CallTimeout: a message did not arrive in time
+        :raises Overloaded: there is no memory for it
         """
+        bounded = Bounded(message_type)
         while True:
             try:
-                marker, data = await within(self._read_one(), self._timeout_s, "reading a stream", self._peer)
+                marker, data = await within(self._read_one(), self._patience_s(), "reading a stream", self._peer)
             except MoEError:  # before the next line: a CallTimeout is an OSError
                 raise
             except (asyncio.IncompleteReadError, OSError):
@@ -169,16 +199,28 @@ class _Reader:
                 return  # how a server ends a stream
             if not marker:
                 raise PeerGone("the stream ended before the request did", peer=self._peer)
-            message = message_type() if marker == _MESSAGE else RPCError()
-            try:
-                message.ParseFromString(data)
-            except Exception as e:  # protobuf's DecodeError lives in different places in different versions
-                raise ProtocolError(f"malformed message: {e}", peer=self._peer) from None
             if marker == _END:
-                if message.message:
-                    raise _relayed_error(message.message, self._peer)
+                self._end(data)
                 return
+            message = bounded.FromString(data)
+            del data
             yield message
+
+    def _patience_s(self) -> float | None:
+        left_s = self.deadline - time.monotonic()
+        if self._timeout_s is None:
+            return None if left_s == math.inf else left_s
+        return min(self._timeout_s, left_s)
+
+    def _end(self, data: bytes) -> None:
+        try:
+            text = RPCError.FromString(data).message
+        except Exception:
+            raise ProtocolError("malformed message at the end of a stream", peer=self._peer) from None
+        if text and self._must_end:  # what a client says is not looked into
+            raise PeerGone("the caller ended the request with an error", peer=self._peer)
+        if text:
+            raise _relayed_error(text, self._peer)
 
     async def _read_one(self) -> tuple[bytes, bytes]:
         """Marker and message; no marker at the end of the stream."""
@@ -186,11 +228,13 @@ class _Reader:
         if not marker:
             return marker, b""
         length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
-        if marker not in (_MESSAGE, _END) or length > MAX_MESSAGE_BYTES:
+        most = {_MESSAGE: MAX_MESSAGE_BYTES, _END: _MAX_ERROR_BYTES}.get(marker, -1)
+        if length > most:
             raise ProtocolError(
-                f"a stream message of {length} bytes (marker {marker!r}); at most {MAX_MESSAGE_BYTES} are allowed",
-                peer=self._peer,
+                f"a stream message of {length} bytes (marker {marker!r}); at most {most} are allowed", peer=self._peer
             )
+        if self._counted is not None and (missing := _COPIES * length - self._counted.size_bytes) > 0:
+            self._counted.grow(missing)
         return marker, await self._reader.readexactly(length)
 
 
@@ -201,22 +245,21 @@ def _write(writer: asyncio.StreamWriter, message: Any, marker: bytes = _MESSAGE)
 
 
 def _relayed_error(text: str, peer: str, uid: str | None = None) -> MoEError:
-    """The error a handler raised over there, from the text by which hivemind relays it."""
-    matched = _HANDLER_ERROR.match(text)
-    if matched is not None:
-        name, message = matched[1], matched[2].strip("'\"")
-        for cls in _error_classes(MoEError):
-            if cls.__name__ == name:
-                return cls(message, peer=peer, uid=uid)
-        if name == "KeyError":  # stock hivemind, asked for an expert it does not have
-            return error_from_wire("not_found", f"no expert {message}", peer=peer, uid=uid)
-    return ExpertFailed(text, peer=peer, uid=uid)
-
-
-def _error_classes(cls: type[MoEError]) -> Iterable[type[MoEError]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _error_classes(child)
+    """The error a handler raised over there, from the text by which hivemind relays it: ``... : Name('message')``."""
+    text = text[:MAX_ERROR_CHARS]
+    start = 0
+    while (found := _ERROR_NAME.match(text, start)) is None:
+        colon = text.find(": ", start)
+        if colon < 0:
+            return ExpertFailed(printable(text), peer=peer, uid=uid)
+        start = colon + 2
+    message = text[found.end() :].removesuffix(")").strip("'\"")
+    named = error_named(found[1], message, peer=peer, uid=uid)
+    if named is not None:
+        return named
+    if found[1] == "KeyError":  # stock hivemind, asked for an expert it does not have
+        return error_from_wire("not_found", f"no expert {message}", peer=peer, uid=uid)
+    return ExpertFailed(printable(text), peer=peer, uid=uid)
 
 
 # --- client ------------------------------------------------------------------------------------------------------------
@@ -316,7 +359,7 @@ async def _unary_call(
 ) -> tuple[ReplyHeader | None, list[EncodedTensor]]:
     messages = [to_message(tensor) for tensor in encoded]
     request = ExpertRequest(uid=call.uid, tensors=messages, metadata=metadata)
-    response = await p2p.call_protobuf_handler(peer_id, _RPC_OF_METHOD[call.method], request, ExpertResponse)
+    response = await p2p.call_protobuf_handler(peer_id, _RPC_OF_METHOD[call.method], request, Bounded(ExpertResponse))
     header = _checked_header(response.metadata, name, call.uid)
     return header, [from_message(message) for message in response.tensors]
 
@@ -334,6 +377,8 @@ async def _stream_call(
         async for response in _Reader(reader, None, name).messages(ExpertResponse):
             if first:
                 header, first = _checked_header(response.metadata, name, call.uid), False
+            elif not response.tensors:
+                raise ProtocolError("a message with nothing in it", peer=name, uid=call.uid)
             for part in response.tensors:
                 assembler.feed(part)
         if first:
@@ -355,13 +400,21 @@ async def _send_all(writer: asyncio.StreamWriter, requests: Iterable[Any]) -> No
 
 
 class _ReplyGate:
-    """Bounds what a reply may take in all; what it should look like is checked by the caller, who knows the schema."""
+    """Bounds what the tensors of a reply take in all; the caller, who knows the schema, checks what they look like."""
 
     def __init__(self, max_bytes: int):
         self._left = max_bytes
 
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
-        return self._left
+        """See TensorGate."""
+        if dtype not in DTYPES or index >= MAX_TENSORS:
+            raise ProtocolError(f"tensor {index} of a reply is of dtype {dtype[:50]!r}")
+        encoded_bytes = max_encoded_bytes(shape, DTYPES[dtype], codec)
+        decoded_bytes = count_values(shape) * DTYPES[dtype].itemsize if codec else 0
+        self._left -= encoded_bytes + decoded_bytes
+        if self._left < 0:
+            raise ProtocolError("a reply much larger than the call can have")
+        return encoded_bytes
 
 
 def _checked_header(metadata: bytes, peer: str, uid: str) -> ReplyHeader | None:
@@ -412,6 +465,7 @@ class LibP2PServer:
         self._daemon_maddr, self._service, self._issue_ticket = daemon_maddr, service, issue_ticket
         self._p2p: P2P | None = None
         self._requests: set[asyncio.Task[Any]] = set()
+        self._streams: Counter[str] = Counter()  # open now, by peer
 
     async def start(self) -> None:
         """Register the handlers. Requests may arrive before this returns."""
@@ -421,7 +475,7 @@ class LibP2PServer:
         if self._issue_ticket is not None:
             await p2p.add_protobuf_handler(RPC_TICKET, self._ticket, ExpertUID, balanced=True)
         for method, handle in _RPC_OF_METHOD.items():
-            await p2p.add_protobuf_handler(handle, self._unary(method), ExpertRequest, balanced=True)
+            await p2p.add_protobuf_handler(handle, self._unary(method), _Unparsed, balanced=True)
             await p2p.add_binary_stream_handler(handle + STREAM_SUFFIX, self._stream(method), balanced=True)
 
     @property
@@ -487,40 +541,46 @@ class LibP2PServer:
     # --- unary -------------------------------------------------------------------------------------------------------
 
     def _unary(self, method: str) -> Callable[[Any, P2PContext], Awaitable[Any]]:
-        async def handle(request: Any, context: P2PContext) -> Any:
-            native = bool(request.metadata)
+        async def handle(data: bytes, context: P2PContext) -> Any:
             self._forget_cancelled()
+            dialect = _Dialect()
             with self._request():
                 try:
-                    reply = await self._serve_unary(method, request, context.remote_id.to_base58())
-                    tensors = await self._encode(reply)
-                    size_bytes = sum(len(tensor.buffer) for tensor in tensors)
-                    if size_bytes > 2 * MAX_UNARY_BYTES - 2**16:
-                        raise ReplyTooLarge(f"{size_bytes} bytes are too large for a unary reply; use a stream")
-                    metadata = encode_header(reply.header or ReplyHeader()) if native else b""
-                    return ExpertResponse(tensors=[to_message(tensor) for tensor in tensors], metadata=metadata)
+                    return await self._answer_unary(method, context.remote_id.to_base58(), dialect, data)
                 except MoEError as e:
-                    if not native:
+                    if not dialect.native:
                         raise  # hivemind relays the repr
-                    return ExpertResponse(metadata=encode_header(ReplyHeader(error=WireError.from_exception(e))))
+                    return dialect.refusal(e)[0]
 
         return handle
 
-    async def _serve_unary(self, method: str, request: Any, peer: str) -> Reply:
-        header = decode_request_header(request.metadata)
-        admission = self._service.open(peer, method, _checked_uid(request.uid), header)
+    async def _answer_unary(self, method: str, peer: str, dialect: _Dialect, data: bytes) -> Any:
+        counted = self._service.inflight.reserve(peer, _COPIES * len(data), "message")
         try:
-            encoded = []
-            for index, message in enumerate(request.tensors):  # one by one: refused before the next is looked at
-                tensor = from_message(message)
-                limit = admission.admit(index, tensor.shape, tensor.dtype, tensor.codec)
-                if len(tensor.buffer) > limit:
-                    raise ProtocolError(f"tensor {index} has {len(tensor.buffer)} bytes, its shape allows {limit}")
-                encoded.append(tensor)
-            size_bytes = sum(len(tensor.buffer) for tensor in encoded)
-            return await admission.run(await _in_thread(size_bytes, _decode_all, encoded))
+            request = Bounded(ExpertRequest).FromString(data)
+            dialect.native = bool(request.metadata)
+            header = decode_request_header(request.metadata)
+            admission = self._service.open(peer, method, _checked_uid(request.uid), header)
+            try:
+                encoded = []
+                for index, message in enumerate(request.tensors):  # one by one: refused before the next is looked at
+                    tensor = from_message(message)
+                    limit = admission.admit(index, tensor.shape, tensor.dtype, tensor.codec)
+                    if len(tensor.buffer) > limit:
+                        raise ProtocolError(f"tensor {index} has {len(tensor.buffer)} bytes, its shape allows {limit}")
+                    encoded.append(tensor)
+                size_bytes = sum(len(tensor.buffer) for tensor in encoded)
+                reply = await admission.run(await _in_thread(size_bytes, _decode_all, encoded))
+                answer = await self._encode(reply)
+                size_bytes = sum(len(tensor.buffer) for tensor in answer)
+                if size_bytes > 2 * MAX_UNARY_BYTES - 2**16:
+                    raise ReplyTooLarge(f"{size_bytes} bytes are too large for a unary reply; use a stream")
+                metadata = encode_header(reply.header or ReplyHeader()) if dialect.native else b""
+                return ExpertResponse(tensors=[to_message(tensor) for tensor in answer], metadata=metadata)
+            finally:
+                admission.release()
         finally:
-            admission.release()
+            counted.done_with("message")
 
     async def _encode(self, reply: Reply) -> list[EncodedTensor]:
         size_bytes = sum(tensor.nbytes for tensor in reply.tensors)
@@ -531,53 +591,108 @@ class LibP2PServer:
 
     def _stream(self, method: str) -> Callable[..., Awaitable[None]]:
         async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = info.peer_id.to_base58()
+            self._streams[peer] += 1
             try:
                 with self._request():
-                    await self._serve_stream(method, info.peer_id.to_base58(), reader, writer)
+                    await self._serve_stream(method, peer, reader, writer)
             except OSError:
                 logger.debug("a peer left in the middle of a stream", exc_info=True)
             finally:
                 writer.close()
+                self._streams[peer] -= 1
+                if not self._streams[peer]:
+                    del self._streams[peer]
 
         return handle
 
     async def _serve_stream(
         self, method: str, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        native = True
+        dialect = _Dialect()
         try:
-            requests = _Reader(reader, self._service.read_timeout_s, peer, must_end=True).messages(ExpertRequest)
+            if self._streams[peer] > MAX_STREAMS_PER_PEER:
+                raise Overloaded(f"more than {MAX_STREAMS_PER_PEER} streams at one time; try again later")
+            await self._answer_stream(method, peer, dialect, reader, writer)
+            if dialect.native:  # a stock caller takes this for an error, and waits for us to close
+                _write(writer, RPCError(), _END)
+                await _linger(reader)
+            return
+        except (MoEError, OSError) as e:
+            if not isinstance(e, MoEError):
+                raise
+            error: MoEError = e.with_traceback(None)  # which holds what has been received
+        except Exception as e:  # whatever it is, there is an answer
+            logger.exception("a stream of ...%s could not be served", peer[-8:])
+            error = ExpertFailed(f"the request could not be served: {type(e).__name__}")
+        logger.debug("refused a stream of %s: %r", peer, error)
+        _write(writer, *dialect.refusal(error))
+        await within(writer.drain(), self._service.read_timeout_s, "sending an error", peer)
+        await _linger(reader)
+
+    async def _answer_stream(
+        self,
+        method: str,
+        peer: str,
+        dialect: _Dialect,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Receive a request, serve it, send the answer."""
+        read_timeout_s = self._service.read_timeout_s
+        counted = self._service.inflight.reserve(peer, 0, "message")
+        try:
+            stream = _Reader(reader, read_timeout_s, peer, must_end=True, counted=counted)
+            requests = stream.messages(ExpertRequest)
             first = await anext(requests, None)
             if first is None:
                 raise ProtocolError("an empty stream: expected at least one message with the expert's uid")
-            native = bool(first.metadata)
+            dialect.native = bool(first.metadata)
             header = decode_request_header(first.metadata)
             admission = self._service.open(peer, method, _checked_uid(first.uid), header)
             try:
+                stream.deadline = admission.deadline
                 assembler = TensorAssembler(admission)
                 await _receive(first, requests, assembler)
+                del first
                 encoded = assembler.finish()
                 size_bytes = sum(len(tensor.buffer) for tensor in encoded)
                 tensors = await _in_thread(size_bytes, _decode_all, encoded)
+                del encoded, assembler
+                counted.done_with("message")
                 reply = await _unless_closed(admission.run(tensors), reader)
-                encoded = await self._encode(reply)
-                metadata = encode_header(reply.header or ReplyHeader()) if native else b""
-                for response in stream_responses(encoded, metadata):
+                del tensors
+                metadata = encode_header(reply.header or ReplyHeader()) if dialect.native else b""
+                for response in stream_responses(await self._encode(reply), metadata):
                     _write(writer, response)
-                    await within(writer.drain(), self._service.read_timeout_s, "sending a reply", peer)
+                    await within(writer.drain(), read_timeout_s, "sending a reply", peer)
             finally:
                 admission.release()
-            if native:  # a stock caller takes this for an error, and waits for us to close
-                _write(writer, RPCError(), _END)
-                await _linger(reader)
-        except MoEError as e:
-            logger.debug("refused a stream of %s: %r", peer, e)
-            if native:
-                _write(writer, ExpertResponse(metadata=encode_header(ReplyHeader(error=WireError.from_exception(e)))))
-            else:
-                _write(writer, RPCError(message=f"{type(e).__name__}({e.message!r})"), _END)
-            await within(writer.drain(), self._service.read_timeout_s, "sending an error", peer)
-            await _linger(reader)
+        finally:
+            counted.done_with("message")
+
+
+class _Unparsed:
+    """Stands for a message type where we parse ourselves, after the memory for it was reserved."""
+
+    @staticmethod
+    def FromString(data: bytes) -> bytes:
+        """The bytes."""
+        return data
+
+
+class _Dialect:
+    """How to answer on a stream: as a native caller reads it, until one is known to be a stock peer."""
+
+    def __init__(self) -> None:
+        self.native = True
+
+    def refusal(self, error: MoEError) -> tuple[Any, bytes]:
+        """Message and marker of an error."""
+        if self.native:
+            wire = WireError.from_exception(error)
+            return ExpertResponse(metadata=encode_header(ReplyHeader(error=wire))), _MESSAGE
+        return RPCError(message=f"{type(error).__name__}({error.message[:MAX_ERROR_CHARS]!r})"), _END
 
 
 async def _receive(first: Any, requests: AsyncIterator[Any], assembler: TensorAssembler) -> None:
@@ -585,7 +700,9 @@ async def _receive(first: Any, requests: AsyncIterator[Any], assembler: TensorAs
         assembler.feed(part)
     async for request in requests:
         if request.uid != first.uid:
-            raise ProtocolError(f"Expert uids differ in one request: {first.uid!r} and {request.uid!r}")
+            raise ProtocolError(f"Expert uids differ in one request: {first.uid[:100]!r} and {request.uid[:100]!r}")
+        if not request.tensors:
+            raise ProtocolError("a message with nothing in it")
         for part in request.tensors:
             assembler.feed(part)
 

@@ -50,7 +50,7 @@ def decode_ticket(data: bytes) -> Ticket:
     """
     try:
         return msgspec.msgpack.decode(data, type=Ticket)
-    except (msgspec.MsgspecError, ValueError) as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise ProtocolError(f"malformed ticket: {e}"[:300]) from None
 
 

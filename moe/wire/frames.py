@@ -131,12 +131,25 @@ class FrameParser:
     :param on_frame: called with every frame but DATA
     :param sink: gets the payload of DATA frames
     :param allowed: frame types that are expected now; changed by the owner as a handshake goes on
+    :param goes_on: asked between two frames that have both been read; False: stop there
+    :ivar stopped: nothing more is parsed for now; any of the callbacks may say so, too
+    :ivar frames: begun so far
 
-    Use: ``n = socket.recv_into(parser.buffer())``, then ``parser.advance(n)``. What these raise is final for the stream.
+    Use: ``n = socket.recv_into(parser.buffer())``, then ``parser.advance(n)``; once stopped, first ``parser.go_on()``. What
+    these raise is final for the stream.
     """
 
-    def __init__(self, on_frame: Callable[[Frame], None], sink: DataSink, allowed: frozenset[int]):
+    def __init__(
+        self,
+        on_frame: Callable[[Frame], None],
+        sink: DataSink,
+        allowed: frozenset[int],
+        goes_on: Callable[[], bool] = lambda: True,
+    ):
         self.allowed = allowed
+        self._goes_on = goes_on
+        self.stopped = False
+        self.frames = 0
         self._on_frame, self._sink = on_frame, sink
         self._staging = bytearray(_STAGING_BYTES)
         self._view = memoryview(self._staging)
@@ -146,8 +159,14 @@ class FrameParser:
         self._left = 0  # payload bytes of it still to come
         self._direct = False  # the last buffer() was a tensor's own memory
 
+    @property
+    def unfinished(self) -> bool:
+        """True in the middle of a frame, but for the bytes of tensors."""
+        return self._begin < self._end if self._head is None else self._head[0] != DATA
+
     def buffer(self) -> memoryview:
         """Where to read the next bytes of the stream into; never empty."""
+        assert not self.stopped
         kind = self._head[0] if self._head is not None else None
         self._direct = kind == DATA and self._begin == self._end and self._left >= _DIRECT_BYTES
         if self._direct:
@@ -168,16 +187,38 @@ class FrameParser:
         """
         if self._direct:
             assert self._head is not None
-            self._sink.filled(self._head[1], count)
+            call = self._head[1]
             self._left -= count
             if self._left == 0:
                 self._head = None
+            self._sink.filled(call, count)
             return
         self._end += count
-        while (available := self._end - self._begin) >= (HEADER_BYTES if self._head is None else 1):
+        self._parse()
+
+    def go_on(self) -> None:
+        """Parse what was left when the parser was stopped.
+
+        :raises ProtocolError: the stream is not ours
+        """
+        if self.stopped:
+            self.stopped = False
+            self._parse()
+
+    def _parse(self) -> None:
+        first = True
+        while not self.stopped:
+            available = self._end - self._begin
+            if available < (HEADER_BYTES if self._head is None else 1):
+                return
             if self._head is None:
+                if not first and not self._goes_on():
+                    self.stopped = True
+                    return
+                first = False
                 kind, call, length = HEADER.unpack_from(self._staging, self._begin)
                 self._check_frame(kind, length)
+                self.frames += 1
                 self._begin += HEADER_BYTES
                 available -= HEADER_BYTES
                 if length <= available and kind != DATA:  # all of it is here, as nearly always
@@ -198,16 +239,21 @@ class FrameParser:
             room = self._sink.room_for(call, count)
             count = len(room)
             room[:] = self._view[self._begin : self._begin + count]
-            self._sink.filled(call, count)
         self._begin += count
         self._left -= count
         if self._left == 0:
-            payload, self._head, self._payload = bytes(self._payload), None, bytearray()
-            if kind != DATA:
-                self._on_frame(Frame(kind, call, payload))
+            self._head = None
+        if kind == DATA:
+            if count:
+                self._sink.filled(call, count)
+        elif self._left == 0:
+            payload, self._payload = bytes(self._payload), bytearray()
+            self._on_frame(Frame(kind, call, payload))
 
     def _check_frame(self, kind: int, length: int) -> None:
         if kind not in self.allowed:
             raise ProtocolError(f"a frame of type {kind}, expected one of {sorted(self.allowed)}")
         if length > _MAX_PAYLOAD[kind]:
             raise ProtocolError(f"a frame of type {kind} with {length} bytes, at most {_MAX_PAYLOAD[kind]} are allowed")
+        if length == 0 and kind == DATA:
+            raise ProtocolError("a frame of no bytes of a tensor")

@@ -18,7 +18,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from moe.errors import ProtocolError, SchemaError
-from moe.schema import DTYPES, BatchTensorProto, Compression, ExpertSchema, Nested, TensorProto
+from moe.schema import DTYPES, MAX_TENSORS, BatchTensorProto, Compression, ExpertSchema, Nested, TensorProto
 from moe.wire.messages import MAX_DEPTH_INFO, MAX_INFO_BYTES, MAX_STOCK_BATCH, ExpertDescription, decode_description
 from moe.wire.tensors import MAX_DIMENSIONS, EncodedTensor
 
@@ -34,10 +34,91 @@ RPC_TICKET = "moe.rpc_ticket"  # ours: asks for a direct link; the answer rides 
 
 CHUNK_BYTES = DEFAULT_MAX_MSG_SIZE  # hivemind.moe splits tensors into parts of 4 MiB
 MAX_UNARY_BYTES = DEFAULT_MAX_MSG_SIZE // 2  # hivemind's limit for a unary payload, leaves room for the envelope
-MAX_MESSAGE_BYTES = 4 * DEFAULT_MAX_MSG_SIZE  # of one streamed message; ours: a chunk, its envelope, and some slack
+MAX_MESSAGE_BYTES = DEFAULT_MAX_MSG_SIZE + 2**20  # of one streamed message: a chunk, its envelope, and some slack
+MAX_MESSAGE_PARTS = (
+    2 * MAX_TENSORS
+)  # fields of one message; each may be a tensor, and protobuf takes 200 bytes for an empty one
+_MAX_PART_FIELDS = 2 * MAX_DIMENSIONS  # of one tensor in a message
+_MAX_SIZE_BYTES = 10 * MAX_DIMENSIONS  # of the shape of a tensor in a message
+_TENSORS_FIELD, _SIZE_FIELD = 2, 2  # numbers in runtime.proto
 
 _TUPLE_EXT, _DESCRIPTOR_EXT = 0x40, 0x51  # hivemind's MSGPackSerializer
 _NATIVE_KEY = "moe"  # our description inside stock rpc_info; stock readers ignore it
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------
+
+
+class Bounded:
+    """A protobuf message type whose bytes are looked at before they are parsed.
+
+    Parsed messages can be much larger than their bytes: two bytes are an empty tensor. So the parts of a message are counted
+    first, without taking memory, and no further than a call can have. For requests and replies of experts.
+    """
+
+    def __init__(self, message_type: Any):
+        self._type = message_type
+
+    def FromString(self, data: bytes) -> Any:
+        """Parse a message.
+
+        :raises ProtocolError: it is malformed, or of too many parts
+        """
+        _check_parts(memoryview(data))
+        try:
+            return self._type.FromString(data)
+        except Exception as e:  # protobuf's DecodeError lives in different places in different versions
+            raise ProtocolError(f"malformed message: {e}"[:300]) from None
+
+
+def _check_parts(data: memoryview) -> None:
+    for number, start, stop in _fields(data, 0, len(data), MAX_MESSAGE_PARTS):
+        if number != _TENSORS_FIELD:
+            continue
+        for inner, begin, end in _fields(data, start, stop, _MAX_PART_FIELDS):
+            if inner == _SIZE_FIELD and end - begin > _MAX_SIZE_BYTES:
+                raise ProtocolError(f"a tensor of more than {MAX_DIMENSIONS} axes: its shape takes {end - begin} bytes")
+
+
+def _fields(data: memoryview, at: int, stop: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of each field in protobuf's wire format; those that are no bytes have no length.
+
+    :raises ProtocolError: there are more than ``most``, or it is none
+    """
+    for _ in range(most):
+        if at == stop:
+            return
+        key, at = _varint(data, at, stop)
+        kind, begin = key & 7, at
+        if kind == 0:
+            _, at = _varint(data, at, stop)
+            begin = at
+        elif kind == 2:
+            length, begin = _varint(data, at, stop)
+            at = begin + length
+        elif kind in (1, 5):
+            begin = at = at + (8 if kind == 1 else 4)
+        else:
+            raise ProtocolError(f"malformed message: a field of wire type {kind}")
+        if at > stop:
+            raise ProtocolError("malformed message: a field is longer than what it is in")
+        yield key >> 3, begin, at
+    if at != stop:
+        raise ProtocolError(f"a message of more than {most} parts")
+
+
+def _varint(data: memoryview, at: int, stop: int) -> tuple[int, int]:
+    """A number and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= stop:
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ProtocolError("malformed message: a number without an end")
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------------

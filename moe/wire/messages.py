@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from moe.errors import ConfigError, MoEError, ProtocolError, Refused, error_from_wire
+from moe.errors import MAX_MESSAGE_CHARS, ConfigError, MoEError, ProtocolError, Refused, error_from_wire
 from moe.schema import DIGEST_BYTES, ExpertSchema
 
 PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 1
@@ -27,7 +27,7 @@ REQUEST_ID_BYTES = 16
 MIN_HELD_BYTES = 4096  # smaller tensors are always sent: to look one up costs about as much
 MAX_HELD = 512  # tensors of one request that are not sent; ours, their keys take a quarter of a header
 MAX_CHAIN_BLOCKS = 256  # run for one request; ours, bounds how much work a small request can ask for
-MAX_ERROR_CHARS = 2000  # of an error message on the wire
+MAX_ERROR_CHARS = MAX_MESSAGE_CHARS
 
 RequestId = Annotated[bytes, msgspec.Meta(min_length=REQUEST_ID_BYTES, max_length=REQUEST_ID_BYTES)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
@@ -92,10 +92,13 @@ class WireError(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
     @classmethod
     def from_exception(cls, error: MoEError) -> WireError:
         """The wire form of one of our errors."""
-        return cls(code=error.code, message=error.message[:MAX_ERROR_CHARS])
+        message = (
+            error.message[:MAX_ERROR_CHARS].encode("utf-8", "replace").decode()
+        )  # a module may say what is no text
+        return cls(code=error.code, message=message)
 
     def to_exception(self, *, peer: str | None, uid: str | None) -> MoEError:
-        """The error to raise on this side."""
+        """The error to raise on this side; see ``error_from_wire``."""
         return error_from_wire(self.code, self.message, peer=peer, uid=uid)
 
 

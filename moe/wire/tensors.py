@@ -20,6 +20,9 @@ Buffer = bytes | bytearray | memoryview
 
 MAX_DIMENSIONS = 64  # numpy's own limit
 _BLOCKWISE_BLOCK = 4096  # hivemind's _BLOCKWISE_QUANTIZATION_BLOCKSIZE
+_MAX_CODEBOOK = 256  # entries that a byte can choose from
+_DECODED_AT_ONCE = 16 * _BLOCKWISE_BLOCK  # values; each takes 12 bytes while it is decoded
+_MAX_VALUES = 2**59  # of a shape, axes of no length left out: torch counts bytes in 64 bits
 
 
 class EncodedTensor(NamedTuple):
@@ -77,10 +80,9 @@ def count_values(shape: Sequence[int]) -> int:
     """
     if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0:
         raise ProtocolError(f"impossible tensor shape {tuple(shape[:MAX_DIMENSIONS])}")
-    numel = math.prod(shape)
-    if numel >= 2**62:
+    if math.prod(max(1, size) for size in shape) > _MAX_VALUES:  # torch refuses (0, 2**61, 2**61), too
         raise ProtocolError(f"impossible tensor shape {tuple(shape)}")
-    return numel
+    return math.prod(shape)
 
 
 def max_encoded_bytes(shape: Sequence[int], dtype: torch.dtype, codec: int | None = None) -> int:
@@ -138,8 +140,10 @@ def _decode_raw(encoded: EncodedTensor, dtype: torch.dtype, numel: int, size_byt
 def _decode_lossy(encoded: EncodedTensor, dtype: torch.dtype) -> torch.Tensor:
     """hivemind's layouts (``hivemind/compression``), read here: its own readers take buffers of wrong length, warn of
     read-only arrays, and fail with NumPy 2.4 and later (int() of a one-element array) or without bitsandbytes."""
-    raw, numel = bytearray(encoded.buffer), count_values(encoded.shape)
+    numel = count_values(encoded.shape)
     if encoded.codec in (Compression.FLOAT16, Compression.MEANSTD_16BIT):
+        buffer = encoded.buffer
+        raw = buffer if isinstance(buffer, bytearray) else bytearray(buffer)
         rows = numel // max(1, encoded.shape[-1]) if encoded.codec == Compression.MEANSTD_16BIT else 0
         if len(raw) != 2 * numel + 8 * rows:
             raise ValueError(f"{len(raw)} bytes instead of {2 * numel + 8 * rows}")
@@ -151,16 +155,32 @@ def _decode_lossy(encoded: EncodedTensor, dtype: torch.dtype) -> torch.Tensor:
             for offset in (2 * numel, 2 * numel + 4 * rows)
         )
         return values.mul_(stds).add_(means)
+    return _decode_codebook(encoded, dtype, numel)
+
+
+def _decode_codebook(encoded: EncodedTensor, dtype: torch.dtype, numel: int) -> torch.Tensor:
+    """Decode a byte a value that chooses from a codebook, which lies before them, after the scales of blocks if there are any.
+
+    Every length follows from the shape and is compared with it before memory is taken: 64 KiB of scales would make 256 MiB
+    of values. Values are looked up block by block, since NumPy takes 8 bytes for each index.
+    """
     blockwise = encoded.codec == Compression.BLOCKWISE_8BIT
-    array = np.frombuffer(raw, dtype=np.uint8)
-    lengths = array[: 16 if blockwise else 8].view(np.int64).tolist()
-    if any(not 0 <= length <= len(raw) // 4 for length in lengths):
+    blocks = -(-numel // _BLOCKWISE_BLOCK) if blockwise else 0
+    head_bytes = 16 if blockwise else 8
+    raw = np.frombuffer(encoded.buffer, dtype=np.uint8)
+    *of_scales, entries = lengths = raw[:head_bytes].view(np.int64).tolist()
+    if of_scales != ([blocks] if blockwise else []) or not 0 < entries <= _MAX_CODEBOOK:
         raise ValueError(f"table lengths {lengths}")
-    tables_end = 8 * len(lengths) + 4 * sum(lengths)
-    tables = torch.from_numpy(array[8 * len(lengths) : tables_end].view(np.float32))
-    indices = torch.from_numpy(array[tables_end:].astype(np.int64))
-    scales, codebook = torch.split(tables, lengths) if blockwise else (None, tables)
-    values = codebook[indices]
-    if scales is not None:
-        values *= scales.repeat_interleave(_BLOCKWISE_BLOCK)[: len(values)]
-    return values.to(dtype).reshape(encoded.shape)
+    expected = head_bytes + 4 * (blocks + entries) + numel
+    if len(raw) != expected:
+        raise ValueError(f"{len(raw)} bytes instead of {expected}")
+    tables = raw[head_bytes : expected - numel].view(np.float32)
+    scales, codebook, indices = tables[:blocks], tables[blocks:], raw[expected - numel :]
+    values = torch.empty(numel, dtype=dtype)
+    for start in range(0, numel, _DECODED_AT_ONCE):
+        part = codebook[indices[start : start + _DECODED_AT_ONCE]]
+        if blockwise:
+            of_part = scales[start // _BLOCKWISE_BLOCK : -(-(start + len(part)) // _BLOCKWISE_BLOCK)]
+            part *= np.repeat(of_part, _BLOCKWISE_BLOCK)[: len(part)]
+        values[start : start + len(part)] = torch.from_numpy(part)
+    return values.reshape(encoded.shape)

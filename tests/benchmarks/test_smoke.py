@@ -23,6 +23,7 @@ TIMEOUT_S = 110.0
 
 SYSTEMS = {
     "throughput": {"moe", "hivemind"},
+    "burst": {"moe"},
     "latency": {"moe"},
     "breakdown": {"moe"},
     "means": {"moe"},

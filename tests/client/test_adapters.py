@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from moe.client.adapters import (
 )
 from moe.client.sequential import RemoteSequential
 from moe.errors import ConfigError
-from moe.schema import BatchTensorProto
+from moe.schema import BatchTensorProto, ExpertSchema, TensorProto
 from moe.server.expert_backend import ExpertBackend
 from moe.server.pretrained import PretrainedModel
 from moe.testing import memory_swarm
@@ -315,3 +315,31 @@ def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="cannot read an adapter from"):
         load_peft(tmp_path, LAYERS)
+
+
+class Described(NamedTuple):
+    """A block of which only its schema is known, as somebody tells it."""
+
+    schema: ExpertSchema
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        TensorProto(), TensorProto(None), TensorProto(None, None), TensorProto(2**40, None), TensorProto(0, 1), (),
+        {"a": TensorProto(8, None)}, {"a": TensorProto(2**50, None), "b": TensorProto(None, 2**50)},
+        {"a": {"a": TensorProto(8)}, "b": TensorProto(None, 8)}, {"key": TensorProto(1), "value": TensorProto(1)},
+        {"key": TensorProto(None, None), "value": TensorProto(None, None)},
+    ],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["lora_self_attn__q_proj", "ia3_self_attn__k_proj", "prefix"])
+def test_schemas_that_no_layer_can_have_are_named(name: str, proto: Any) -> None:
+    block = Described(ExpertSchema((BatchTensorProto(8),), {name: proto}, BatchTensorProto(8)))
+    make: Callable[[], Any] = {
+        "lora_self_attn__q_proj": lambda: LoraAdapter.for_blocks([block]),
+        "ia3_self_attn__k_proj": lambda: Ia3Adapter.for_blocks([block], input_targets=()),
+        "prefix": lambda: PrefixAdapter.for_blocks([block], length=2),
+    }[name]
+    with pytest.raises(ConfigError, match="a block's schema has"):
+        make()

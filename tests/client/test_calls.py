@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -27,6 +29,7 @@ from moe.errors import (
     PeerGone,
     ProtocolError,
     Refused,
+    RemoteSchemaError,
     SchemaError,
 )
 from moe.expert_uid import PeerIDLike
@@ -189,7 +192,14 @@ def test_a_dropped_reply_is_asked_for_again_and_trained_once() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [SchemaError("s"), ExpertFailed("f"), NonFiniteError("n"), Refused("r"), ProtocolError("p"), ExpertNotFound("e")],
+    [
+        RemoteSchemaError("s"),
+        ExpertFailed("f"),
+        NonFiniteError("n"),
+        Refused("r"),
+        ProtocolError("p"),
+        ExpertNotFound("e"),
+    ],
 )
 def test_what_another_try_cannot_help_is_told_at_once(error: MoEError) -> None:
     plan = FaultPlan()
@@ -554,3 +564,121 @@ def test_an_unreachable_expert_says_so() -> None:
         swarm.kill(0)
         with pytest.raises(ConnectError, match="cannot be reached"):
             forward(caller, DATA)
+
+
+def test_a_server_that_takes_less_than_it_said_is_asked_again_and_given_less() -> None:
+    backend = linear_backend()
+    with memory_swarm({UID: backend}) as swarm:
+        caller = caller_of(swarm)
+        expected = forward(caller, DATA)
+        for pool in backend.get_pools():
+            pool.config = type(pool.config)(max_batch_size=2)
+        torch.testing.assert_close(forward(caller, DATA), expected)
+        assert methods(swarm) == ["0:info", "0:forward", "0:forward", "0:info", "0:forward", "0:forward"]
+        caller.forget_description()
+        for pool in backend.get_pools():
+            pool.config = type(pool.config)(max_batch_size=4)
+        forward(caller, DATA)
+        for pool in backend.get_pools():
+            pool.config = type(pool.config)(max_batch_size=2)
+        (grad,) = backward(caller, [DATA], [GRAD])
+        torch.testing.assert_close(grad, GRAD @ backend.module.weight)
+
+
+class OldStockServer(StockServer):
+    """Refuses more rows than it takes, which it tells nobody before, as hivemind's TaskPool does."""
+
+    def __init__(self, max_rows: int) -> None:
+        super().__init__()
+        self.max_rows, self.trained = max_rows, 0
+
+    async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
+        if len(call.tensors[0]) > self.max_rows:
+            self.sent.append(call)
+            text = f"Task size greater than max_batch_size ({self.max_rows}), it can't be processed"
+            raise ExpertFailed(f"ValueError({text!r})")
+        self.trained += len(call.tensors[0]) if call.method == BACKWARD else 0
+        return await super().call(peer, call, timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("rows,max_rows", [(7, 3), (4, 1), (5, 4), (4, 4)])
+def test_a_stock_server_teaches_how_many_rows_it_takes(rows: int, max_rows: int) -> None:
+    stock = OldStockServer(max_rows)
+    caller = ExpertCaller(UID, [MemoryPeer("stock")], stock, QUICK)
+    ids, x, grad = torch.arange(rows), torch.randn(rows, 2), torch.randn(rows, 2)
+    assert torch.equal(backward(caller, [ids, x], [grad])[1], grad * ids[:, None])
+    assert stock.trained == rows  # each row once
+    assert torch.equal(forward(caller, ids, x)[0], x * ids[:, None])
+    assert [len(call.tensors[0]) > max_rows for call in stock.sent].count(True) == (rows > max_rows)  # it is told once
+
+
+@pytest.mark.parametrize("said", [0, 7, 99])
+def test_a_stock_server_that_says_it_takes_fewer_rows_than_none_is_not_believed(said: int) -> None:
+    stock = OldStockServer(6)
+    stock.max_rows = 6
+
+    async def lie(peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
+        stock.sent.append(call)
+        raise ExpertFailed(f"ValueError('Task size greater than max_batch_size ({said})')")
+
+    stock.call = lie  # type: ignore[method-assign]
+    caller = ExpertCaller(UID, [MemoryPeer("stock")], stock, QUICK)
+    with pytest.raises(ExpertFailed):
+        forward(caller, torch.arange(7), torch.randn(7, 2))
+    assert len(stock.sent) == 1
+
+
+def test_a_stock_server_that_takes_fewer_and_fewer_rows_ends() -> None:
+    class Lying(StockServer):
+        async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
+            self.sent.append(call)
+            rows = len(call.tensors[0])
+            raise ExpertFailed(f"Task size greater than max_batch_size ({rows - 1})")
+
+    stock = Lying()
+    with pytest.raises(ExpertFailed):
+        forward(ExpertCaller(UID, [MemoryPeer("stock")], stock, QUICK), torch.arange(64), torch.randn(64, 2))
+    assert len(stock.sent) < 2 * 64
+
+
+def test_any_servers_error_is_tried_at_the_others_each_once() -> None:
+    plan = FaultPlan()
+    for peer, error in (
+        ("server0", RemoteSchemaError("no")),
+        ("server1", ExpertFailed("f")),
+        ("server2", Refused("r")),
+    ):
+        plan.on(FORWARD, peer=peer, times=None).fail(error)
+    with memory_swarm(*({UID: linear_backend()} for _ in range(4)), plan=plan) as swarm:
+        assert forward(caller_of(swarm), DATA)
+        assert [fired.peer for fired in plan.fired] == ["server0", "server1", "server2"]
+
+
+def test_servers_are_tried_in_turn_while_other_threads_look_who_is_first() -> None:
+    caller = ExpertCaller(UID, [MemoryPeer("a")], StockServer(), dataclasses.replace(QUICK, max_retries=200))
+    ended, wrong = threading.Event(), []
+
+    def watch() -> None:
+        while not ended.is_set():
+            try:
+                assert caller.peers[0]
+            except IndexError as e:
+                wrong.append(e)
+                return
+
+    async def fail(peer: PeerIDLike, timeout_s: float | None) -> None:
+        raise Overloaded("full")
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(20):
+            with pytest.raises(Overloaded):
+                run(caller._attempts(fail, None, Budget(WAIT_S)))
+    finally:
+        ended.set()
+        watcher.join()
+        sys.setswitchinterval(switching)
+    assert not wrong

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.client.digests import Digests, _checksum
+from moe.client.digests import Digests
 from moe.schema import Compression, digest
 from moe.wire.tensors import decode_tensor, encode_tensor
 
@@ -108,12 +108,13 @@ def test_all_dtypes(dtype: torch.dtype) -> None:
         assert digests.of(tensor) == digests.of(tensor) == digest(tensor)
 
 
-def test_tensors_of_inference_mode_have_no_version_and_are_digested_each_time() -> None:
-    digests = Digests()
+def test_contents_are_recognized_wherever_they_are() -> None:
+    digests, tensor = Digests(), matrix()
     with torch.inference_mode():
-        tensor = matrix()
-    assert digests.of(tensor) == digests.of(tensor) == digest(tensor)
-    assert digests.computed == 2
+        inferred = tensor.clone()
+    copies = [tensor, inferred, tensor.T.contiguous().T, torch.nn.Parameter(tensor.clone()), tensor[None][0]]
+    assert {digests.of(copy) for copy in copies} == {digest(tensor)}
+    assert digests.computed == 1
 
 
 @pytest.mark.parametrize("codec", [Compression.FLOAT16, Compression.MEANSTD_16BIT])
@@ -134,21 +135,100 @@ def test_only_so_many_are_remembered() -> None:
     assert digests.computed == 4
 
 
-@given(st.integers(0, 3000), st.data())
-@settings(max_examples=60)
-def test_a_checksum_tells_any_one_byte(size: int, data: st.DataObject) -> None:
+# --- changes that sums do not see -----------------------------------------------------------------------------------------
+
+
+def permuted(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten()[torch.randperm(tensor.numel())].reshape(tensor.shape)
+
+
+def two_swapped(tensor: torch.Tensor) -> torch.Tensor:
+    i, j = torch.randperm(tensor.numel())[:2].tolist()
+    flat = tensor.flatten().clone()
+    flat[i], flat[j] = flat[j].item(), flat[i].item()
+    return flat.reshape(tensor.shape)
+
+
+def rectangle(tensor: torch.Tensor) -> torch.Tensor:
+    (a, b), (c, d) = torch.randperm(len(tensor))[:2].tolist(), torch.randperm(tensor.shape[1])[:2].tolist()
+    delta = torch.zeros_like(tensor)
+    delta[a, c] = delta[b, d] = 1
+    delta[a, d] = delta[b, c] = -1
+    return tensor + delta
+
+
+def signs_flipped(tensor: torch.Tensor) -> torch.Tensor:
+    i, j = torch.randperm(tensor.numel())[:2].tolist()
+    flat = tensor.flatten().clone()
+    flat[[i, j]] = -flat[[i, j]]
+    return flat.reshape(tensor.shape)
+
+
+def rows_rolled(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.roll(1, 0)
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.T.contiguous()
+
+
+STRUCTURED = [permuted, two_swapped, rectangle, signs_flipped, rows_rolled, transposed]
+
+
+@pytest.mark.parametrize("change", STRUCTURED)
+@pytest.mark.parametrize("contents", ["permutation", "one-hot", "gauss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_structured_changes_in_place_are_noticed(
+    change: Callable[[torch.Tensor], torch.Tensor], contents: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    if contents == "permutation":
+        tensor = torch.eye(128)[torch.randperm(128)]
+    elif contents == "one-hot":
+        tensor = torch.nn.functional.one_hot(torch.randint(128, (128,)), 128)
+    else:
+        tensor = torch.randn(128, 128) * 100
+    tensor = tensor.to(dtype).contiguous()
+    digests = Digests()
+    for _ in range(20):
+        before = digests.of(tensor)
+        changed = change(tensor).to(dtype)
+        different = changed.view(torch.uint8).ne(tensor.view(torch.uint8)).any().item()
+        tensor.data.copy_(changed)
+        assert (digests.of(tensor) != before) == different
+        assert digests.of(tensor) == digest(tensor)
+
+
+def test_values_that_compare_as_equal_or_never_are_told_apart_by_their_bits() -> None:
+    digests, tensor = Digests(), torch.zeros(64, 64)
+    words = tensor.view(torch.int32)
+    seen = {digests.of(tensor)}
+    for word in (-(2**31), 0x7FC00000, 0x7FC00001, -0x400000, 1):  # -0.0, three nans, the smallest subnormal
+        words[3, 5] = word
+        assert digests.of(tensor) == digest(tensor)
+        seen.add(digests.of(tensor))
+    assert len(seen) == 6
+
+
+@given(st.integers(1, 3000), st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_one_byte_is_noticed(size: int, data: st.DataObject) -> None:
     tensor = torch.randint(0, 256, (size,), dtype=torch.uint8)
-    other = tensor.clone()
-    assert _checksum(tensor) == _checksum(other)
-    if size:
-        other[data.draw(st.integers(0, size - 1))] += 1
-        assert _checksum(tensor) != _checksum(other)
+    digests = Digests()
+    before = digests.of(tensor)
+    tensor.data[data.draw(st.integers(0, size - 1))] += 1
+    assert digests.look(tensor).changed
+    assert digests.of(tensor) == digest(tensor) != before
 
 
-def test_a_checksum_tells_where_bytes_are() -> None:
-    tensor = torch.zeros(64 * 4096, dtype=torch.uint8)
-    seen = set()
-    for position in (0, 1, 8, 4095, 4096, 4104, 2 * 4096, 64 * 4096 - 1):
-        tensor.zero_()[position] = 1
-        seen.add(_checksum(tensor))
-    assert len(seen) == 8
+def test_what_is_changed_while_it_is_digested_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests, tensor = Digests(), matrix()
+    seen = digests.look(tensor)
+
+    def digest_and_change(arriving: torch.Tensor) -> bytes:
+        arriving.data.zero_()
+        return digest(arriving)
+
+    monkeypatch.setattr("moe.client.digests.digest", digest_and_change)
+    digests.compute(tensor, Compression.NONE, seen.mark)
+    assert digests.look(tensor).digest is None

@@ -202,7 +202,7 @@ def test_a_second_backward_works_or_fails_loudly() -> None:
         with pytest.raises(RuntimeError, match="second time|already been freed"):
             output.sum().backward()
         (grad,) = torch.autograd.grad(expert(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             grad.sum().backward()
 
 
@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_told_before_anything_is_sent() -> None:
             ((), {}, "expected 1 positional"),
             ((x, x), {}, "expected 1 positional"),
             ((x,), {"maks": x}, r"unknown \['maks'\]"),
-            ((x,), {"mask": None}, r"kwargs\['mask'\]"),
+            ((None,), {}, r"args\[0\]"),
             ((x[..., 1:],), {}, r"args\[0\]: expected float32\(batch, any, 6\), got float32\(2, 3, 5\)"),
             ((x,), {"mask": torch.ones(2, 3)}, r"kwargs\['mask'\]: expected bool"),
             ((x,), {"mask": torch.ones(3, 3).bool()}, r"kwargs\['mask'\]: expected 2 rows"),

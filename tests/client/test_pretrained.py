@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch.testing import assert_close
 
 from moe import DeepPrompts, DistributedModel, LoraAdapter, PrefixAdapter, SchemaError
 from moe.client.pretrained import block_kwargs_of
-from moe.errors import ConfigError, LifecycleError, MissingBlocks
+from moe.errors import ConfigError, LifecycleError, MissingBlocks, Unsupported
 from moe.server.expert_backend import ExpertBackend
 from moe.server.pretrained import PretrainedModel
 from moe.testing import MemorySwarm, memory_swarm
@@ -170,6 +173,19 @@ def test_a_folder_without_the_blocks_is_enough(tmp_path: Path, bert: Hosted) -> 
     torch.save({k: v for k, v in whole.items() if "encoder.layer." not in k}, tmp_path / "pytorch_model.bin")
     model = DistributedModel.from_pretrained(tmp_path, bert.swarm.transport, config=QUICK, manager=bert.router)  # type: ignore[arg-type]
     assert_same_outputs(model(token_ids(2, 5)), bert.local(token_ids(2, 5)))
+
+
+def test_copies_share_the_servers_and_have_a_head_of_their_own(bert: Hosted) -> None:
+    model, ids = bert.distributed(), token_ids(2, 5)
+    copied = copy.deepcopy(model)
+    assert_same_outputs(copied(ids), bert.local(ids))
+    with torch.no_grad():
+        copied.local.embeddings.word_embeddings.weight.zero_()
+    assert_same_outputs(model(ids), bert.local(ids))
+    for save in (pickle.dumps, lambda whole: torch.save(whole, io.BytesIO())):
+        with pytest.raises(Unsupported, match=r"RemoteSequential cannot be pickled.*state_dict"):
+            save(model)
+    model.load_state_dict(model.state_dict())
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------------

@@ -412,6 +412,31 @@ def test_inputs_are_not_kept_if_no_backward_can_follow() -> None:
         assert client.servers[0].handler.held_inputs.bytes > 0
 
 
+@pytest.mark.parametrize("changed", ["data", "mask", "lora_a", "nothing"])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.usefixtures("keep_all")
+def test_what_was_written_to_unseen_by_autograd_gives_the_same_with_and_without(changed: str, optimizer: Any) -> None:
+    """Through .data or NumPy, as some optimizers and data loaders do: a backward does not depend on who kept what."""
+    results = []
+    for config in (QUICK, WITHOUT):
+        torch.manual_seed(0)
+        module = seeded(LoraExpert)
+        own = None if optimizer is None else optimizer(module.parameters(), lr=0.1)
+        with serve(lambda: lora_backend(module, own), config=config) as client:  # noqa: B023
+            inputs: dict[str, torch.Tensor] = {"data": x(32, 8), "mask": torch.rand(32, 8) < 0.5, **adapter()}
+            inputs["data"].requires_grad_()
+            output = client.expert(inputs["data"], **{n: t for n, t in inputs.items() if n != "data"})
+            if changed != "nothing":
+                memory = inputs[changed].detach().numpy()
+                memory[:] = ~memory if changed == "mask" else memory * 2
+            output.square().sum().backward()
+            gradients = [tensor.grad for tensor in inputs.values() if tensor.grad is not None]
+            results.append([output.detach(), *gradients, *(p.detach().clone() for p in module.parameters())])
+            (backward,) = (sent for sent in client.transport.sent if sent.method == "backward")
+            assert (backward.refers == 3) == (changed == "nothing" and config is QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.usefixtures("keep_all")
 def test_a_second_backward_sends_everything() -> None:
     with serve() as client:

@@ -474,3 +474,35 @@ def test_a_client_gets_through_a_swarm_of_thousands_of_servers_that_come_and_go(
                 block = span.end
     assert attempts < 60 * 5, "dead servers are tried, but not again and again"
     assert requests >= 60 * blocks / 12
+
+
+# --- servers that say anything -----------------------------------------------------------------------------------------
+
+
+ODD = [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e-300, 1e300, 1.7e308]
+
+
+@pytest.mark.parametrize("plan", [plan_max_throughput, plan_min_latency])
+@pytest.mark.parametrize("field", ["throughput_rows_per_s", "pending_tasks", "expires_at"])
+@pytest.mark.parametrize("odd", ODD)
+def test_numbers_that_make_no_sense_keep_nobody_from_being_chosen(plan: Any, field: str, odd: float) -> None:
+    liars = [
+        ServerView(peer_id=MemoryPeer(f"liar{i}"), ranges=((0, 4),), **{field: odd})  # type: ignore[arg-type]
+        for i in range(2)
+    ]
+    honest = [
+        ServerView(peer_id=MemoryPeer(f"honest{i}"), ranges=((0, 4),), throughput_rows_per_s=100.0, expires_at=1e9)
+        for i in range(3)
+    ]
+    table = ServerTable([*liars, *honest], ["b.0", "b.1", "b.2", "b.3"])
+    assert np.isfinite(table.rows_per_s).all() and (table.rows_per_s > 0).all() and np.isfinite(table.queue_s).all()
+    chosen = set()
+    for seed in range(200):
+        route = plan(table, 0, 4, random.Random(seed), Conditions(now=0.0))
+        assert [(span.start, span.end) for span in route] == [(0, 4)]
+        chosen.add(route[0].peer_id.to_base58())
+    assert chosen <= {"liar0", "liar1", "honest0", "honest1", "honest2"}
+    if plan is plan_max_throughput and not (field == "throughput_rows_per_s" and odd > 1e200):
+        assert chosen & {"honest0", "honest1", "honest2"}
+    if field == "expires_at" and not odd > 0:
+        assert chosen <= {"honest0", "honest1", "honest2"}

@@ -12,11 +12,11 @@ from torch import nn
 from moe import (
     DHT,
     ClientConfig,
-    ExpertFailed,
     ExpertNotFound,
     MoEBeamSearcher,
     RemoteExpert,
     RemoteMixtureOfExperts,
+    RemoteSequential,
     SchemaError,
     get_experts,
 )
@@ -168,13 +168,32 @@ def test_wrong_args_fail_before_sending(our_dht: DHT, x: torch.Tensor) -> None:
 def test_the_servers_own_errors(our_dht: DHT, stock: StockPeer) -> None:
     expert = find(our_dht, "plain")
     began = time.monotonic()
-    with pytest.raises(ExpertFailed, match="max_batch_size") as failed:
-        expert(torch.ones(MAX_BATCH_SIZE + 1, HIDDEN))
-    assert (failed.value.uid, failed.value.peer) == (expert.uid, stock.server_id)
     with pytest.raises(ExpertNotFound, match=r"nobody\.0"):
         RemoteExpert(ExpertInfo("nobody.0", expert.peer_id), our_dht)(torch.ones(2, HIDDEN))
     assert time.monotonic() - began < 2 * PROMPT_S
     assert expert(torch.ones(4, HIDDEN)).shape == (4, HIDDEN)
+
+
+def test_it_is_sent_as_many_rows_as_it_says_that_it_takes(our_dht: DHT, stock: StockPeer) -> None:
+    """It says so when it gets more; then each row is sent, and trained on, once."""
+    expert, spy = spied(our_dht, "plain")
+    module = module_of(stock, STOCK_UIDS["plain"], "plain")
+    x = torch.randn(2 * MAX_BATCH_SIZE + 5, HIDDEN)
+    with torch.no_grad():
+        assert_close([expert(x)], [module(x)])
+        assert (spy.calls, expert.info["max_batch_size"]) == (4, MAX_BATCH_SIZE)
+        assert_close([expert(x)], [module(x)])
+        assert spy.calls == 7
+        sequence = RemoteSequential(our_dht, [STOCK_UIDS["plain"]], config=ClientConfig(max_tokens_per_request=2**20))
+        assert_close([sequence(x)], [module(x)])
+    fresh = find(our_dht, "plain")
+    own = x[: MAX_BATCH_SIZE + 1].clone().requires_grad_()
+    before = stock.ask("state", STOCK_UIDS["plain"])
+    fresh(own).sum().backward()
+    assert own.grad is not None
+    assert own.grad.shape == own.shape
+    after = stock.ask("state", STOCK_UIDS["plain"])
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 # --- mixtures ------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from moe.errors import (
     MoEError,
     Overloaded,
     Refused,
+    RemoteSchemaError,
     SchemaError,
 )
 from moe.expert_uid import join_chain
@@ -310,7 +311,7 @@ def test_a_chain_that_failed_halfway_goes_on_where_it_failed() -> None:
         broken.config = dataclasses.replace(limit, max_pending_tasks=1)
         broken._queue.config = dataclasses.replace(limit, max_pending_tasks=1)
         broken._queue.config = dataclasses.replace(broken._queue.config, max_batch_size=1)
-        with pytest.raises(SchemaError, match="b.1: "):
+        with pytest.raises(RemoteSchemaError, match="b.1: "):
             send(swarm, BACKWARD, backends, tensors, header)
         assert [backend.updates for backend in backends.values()] == [0, 0, 1]
         broken.config = broken._queue.config = limit
@@ -387,7 +388,7 @@ def test_a_chain_that_makes_no_sense_is_refused_before_it_is_computed(case: str)
     backends["b.2"] = lora_backend(LoraExpert(), name="b.2", max_batch_size=32)
     with memory_swarm(backends) as swarm:
         launches = [backend.module.launches for backend in backends.values()]
-        with pytest.raises(SchemaError, match=problem):
+        with pytest.raises(RemoteSchemaError, match=problem):
             send(swarm, method, list(backends), tensors, header)
         assert [backend.module.launches for backend in backends.values()] == launches
     assert swarm.server.handler.inflight.bytes == 0
@@ -395,7 +396,10 @@ def test_a_chain_that_makes_no_sense_is_refused_before_it_is_computed(case: str)
 
 def test_blocks_that_do_not_fit_together_are_refused() -> None:
     backends = {"b.0": lora_blocks(1)["b.0"], "b.1": linear_backend("b.1")}
-    with memory_swarm(backends) as swarm, pytest.raises(SchemaError, match=r"b.1 takes .* but b.0 before it returns"):
+    with (
+        memory_swarm(backends) as swarm,
+        pytest.raises(RemoteSchemaError, match=r"b.1 takes .* but b.0 before it returns"),
+    ):
         send(swarm, FORWARD, backends, [x()], header_of(BlockInputs(), BlockInputs()))
 
 
@@ -563,7 +567,7 @@ def test_any_chain_is_admitted_or_a_typed_error(
         for i, (shape, dtype) in enumerate(shapes):
             admission.admit(i, shape, dtype, Compression.NONE)
         if len(shapes) < len(admission._entries):
-            with pytest.raises(SchemaError):
+            with pytest.raises(RemoteSchemaError):
                 asyncio.run(admission.run([torch.zeros(shape) for shape, _ in shapes]))
     except MoEError:
         pass

@@ -31,6 +31,7 @@ from moe.errors import (
     Overloaded,
     ProtocolError,
     Refused,
+    RemoteSchemaError,
     SchemaError,
     Unavailable,
 )
@@ -142,7 +143,7 @@ def test_bad_input_is_named_in_time_and_good_calls_stay_exact(swarm: MemorySwarm
         [lambda: send(swarm, method, tensors, header), lambda: send(swarm, FORWARD, [good]).tensors[0]]
     )
     assert time.monotonic() - start < AT_ONCE_S
-    with pytest.raises(SchemaError, match=problem):
+    with pytest.raises(RemoteSchemaError, match=problem):
         raise bad
     for output in (concurrent, send(swarm, FORWARD, [good]).tensors[0]):
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
@@ -622,7 +623,7 @@ def test_a_stock_client_gets_zeros_for_integer_inputs_and_sends_gradients_of_int
         native = send(swarm, BACKWARD, [ids, data, flag, grad], NATIVE, "e.0")
         assert native.header is not None
         assert native.header.has_grad == (False, True, False)
-        with pytest.raises(SchemaError, match="got more"):
+        with pytest.raises(RemoteSchemaError, match="got more"):
             send(swarm, BACKWARD, [ids, data, flag, grad, torch.zeros_like(ids)], NATIVE, "e.0")
 
 

@@ -717,17 +717,55 @@ def test_the_scheduler_steps_with_the_optimizer() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
-def test_a_failing_step_is_told_and_leaves_no_gradients_for_the_next_caller() -> None:
-    class Failing(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            raise RuntimeError("broken optimizer")
+class HalfDone(torch.optim.SGD):
+    """Writes to parameters, then raises."""
+
+    error: BaseException = RuntimeError("broken optimizer")
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        raise self.error
+
+
+class RaisesUnshowable(RuntimeError):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(1), KeyboardInterrupt(), RaisesUnshowable()])
+def test_gradients_are_right_also_if_the_step_fails_and_nothing_is_left_for_the_next_caller(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = seeded(lambda: nn.Linear(2, 2))
+    twin = local_twin(module)
+    optimizer = HalfDone(module.parameters(), lr=1.0)
+    optimizer.error = error
+    backend = ExpertBackend("e.0", module, optimizer, args_schema=(B(2),))
+    x, grad = torch.randn(1, 2), torch.randn(1, 2)
+    _, gradients = run_with_gradients(twin, [x], {}, grad)
+    assert_close(backward(backend, x, grad), [gradients["0"]])
+    assert module.weight.grad is None
+    assert (backend.updates, backend.failed_steps) == (0, 1)
+    assert "a step of its optimizer has failed" in caplog.text
+    assert forward(backend, x)
+
+
+@pytest.mark.parametrize("broken", ["scheduler", "zero_grad", "on_backward"])
+def test_whatever_else_fails_in_a_step_is_no_matter_of_the_callers(broken: str) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError(broken)
 
     module = nn.Linear(2, 2)
-    backend = ExpertBackend("e.0", module, Failing(module.parameters(), lr=1.0), args_schema=(B(2),))
-    with pytest.raises(ExpertFailed):
-        backward(backend, torch.ones(1, 2), torch.ones(1, 2))
-    assert module.weight.grad is None
-    assert forward(backend, torch.ones(1, 2))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    backend = ExpertBackend("e.0", module, optimizer, scheduler=scheduler, args_schema=(B(2),))
+    owner: Any = {"scheduler": scheduler, "zero_grad": optimizer, "on_backward": backend}[broken]
+    setattr(owner, "step" if broken == "scheduler" else broken, fail)
+    for _ in range(2):
+        got = backward(backend, torch.ones(1, 2), torch.ones(1, 2))
+        assert_close(got, [torch.ones(1, 2) @ module.weight])
+        assert module.weight.grad is None
+    assert backend.failed_steps == 2
 
 
 def test_the_step_can_be_overridden() -> None:

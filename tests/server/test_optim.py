@@ -202,3 +202,44 @@ def test_step_counts_follow_the_parameters_only_where_the_device_reads_them() ->
 
 def test_hiveminds_import_path() -> None:
     assert hiveminds_path.ClippingWrapper is ClippingWrapper and hiveminds_path.OptimizerWrapper is OptimizerWrapper
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(6, 4),
+        lambda: torch.randn(6, 4).T,
+        lambda: torch.randn(6, 8)[:, ::2],
+        lambda: torch.randn(6, 8)[:, :3],
+        lambda: torch.randn(9)[1:],
+        lambda: torch.randn(()),
+        lambda: torch.randn(0, 3),
+        lambda: torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        lambda: torch.randn(3, 3, dtype=torch.float64),
+    ],
+)
+def test_to_fuse_changes_no_result_whatever_memory_parameters_lie_in(make: Any, optimizer: Any) -> None:
+    results = []
+    for fuses in (True, False):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(make()), torch.nn.Parameter(torch.randn(3))]
+        chosen = optimizer(parameters, lr=0.1)
+        if fuses:
+            fuse(chosen)
+        for _ in range(3):
+            sum((parameter * torch.randn(parameter.shape)).sum() for parameter in parameters).backward()
+            chosen.step()
+            chosen.zero_grad()
+        results.append(parameters)
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
+def test_subclasses_compute_as_they_do() -> None:
+    class Own(torch.optim.Adam):
+        pass
+
+    own = Own([torch.nn.Parameter(torch.ones(1))])
+    fuse(own)
+    assert own.param_groups[0]["fused"] is None

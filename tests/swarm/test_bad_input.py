@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe.dht import DHT
-from moe.errors import DeadlineExceeded, ExpertNotFound, ProtocolError, Refused, SchemaError
+from moe.errors import DeadlineExceeded, ExpertNotFound, ProtocolError, Refused, RemoteSchemaError
 from moe.server.server import Server
 from moe.transport.base import BACKWARD, FORWARD
 from moe.wire.hivemind_dialect import ExpertRequest, to_message
@@ -184,7 +184,7 @@ def test_tensors_that_do_not_fit(send: Any, raw: RawClient, fault: str, method: 
     spoil(request)
     if method == BACKWARD and fault == "a global that is not there":
         request.tensors.pop()  # else the gradient is in its place, which is another fault
-    with refused(SchemaError, named):
+    with refused(RemoteSchemaError, named):
         send(raw.call(method, UID, request.tensors, request.header, way=way))
 
 
@@ -205,7 +205,7 @@ def test_gradients_that_do_not_fit(send: Any, raw: RawClient, fault: str, way: s
     request = Request(BACKWARD)
     spoil, named = SPOILED_GRADIENTS[fault]
     spoil(request)
-    with refused(SchemaError, named):
+    with refused(RemoteSchemaError, named):
         send(raw.call(BACKWARD, UID, request.tensors, request.header, way=way))
 
 
@@ -214,7 +214,7 @@ def test_gradients_that_do_not_fit(send: Any, raw: RawClient, fault: str, way: s
 def test_a_global_of_the_wrong_size(send: Any, raw: RawClient, method: str, way: str) -> None:
     request = Request(method, scaled=True)
     request.tensors[3] = request.tensors[3][1:]
-    with refused(SchemaError, "kwargs['scale']", "float32(8)", "float32(7)"):
+    with refused(RemoteSchemaError, "kwargs['scale']", "float32(8)", "float32(7)"):
         send(raw.call(method, UID, request.tensors, request.header, way=way))
 
 
@@ -222,7 +222,7 @@ def test_a_global_of_the_wrong_size(send: Any, raw: RawClient, method: str, way:
 @both_methods
 def test_more_rows_than_a_batch_has(send: Any, raw: RawClient, method: str, way: str) -> None:
     request = Request(method, rows=MAX_ROWS + 1)
-    with refused(SchemaError, "args[0]", f"at most {MAX_ROWS}"):
+    with refused(RemoteSchemaError, "args[0]", f"at most {MAX_ROWS}"):
         send(raw.call(method, UID, request.tensors, request.header, way=way))
 
 
@@ -230,7 +230,7 @@ def test_a_gradient_shorter_than_the_output(send: Any, raw: RawClient) -> None:
     """The length of a sequence follows from no schema: only the module's own output shows that this does not fit."""
     request = Request(BACKWARD)
     request.tensors[-1] = request.tensors[-1][:, 1:]
-    with refused(SchemaError, "grad_outputs[0]", "(3, 5, 8)", "(3, 4, 8)"):
+    with refused(RemoteSchemaError, "grad_outputs[0]", "(3, 5, 8)", "(3, 4, 8)"):
         send(raw.call(BACKWARD, UID, request.tensors, request.header))
 
 
@@ -315,11 +315,11 @@ TENSORS: dict[str, tuple[Callable[[Any], None], Any, str]] = {
     "a byte missing": (lambda t: setattr(t, "buffer", t.buffer[1:]), ProtocolError, "480"),
     "a byte too many": (lambda t: setattr(t, "buffer", t.buffer + b"\0"), ProtocolError, "480"),
     "a megabyte too many": (lambda t: setattr(t, "buffer", t.buffer + bytes(2**20)), ProtocolError, "480"),
-    "no dtype": (set_field(dtype=""), (ProtocolError, SchemaError), ""),
-    "unknown dtype": (set_field(dtype="complex128"), SchemaError, "args[0]"),
-    "a dtype that is code": (set_field(dtype="__import__('os')"), SchemaError, "args[0]"),
-    "a million letters of dtype": (set_field(dtype="f" * 10**6), SchemaError, "args[0]"),
-    "a shape larger than memory": (set_size(3, 2**32 - 1, WIDTH), SchemaError, "args[0]"),
+    "no dtype": (set_field(dtype=""), (ProtocolError, RemoteSchemaError), ""),
+    "unknown dtype": (set_field(dtype="complex128"), RemoteSchemaError, "args[0]"),
+    "a dtype that is code": (set_field(dtype="__import__('os')"), RemoteSchemaError, "args[0]"),
+    "a million letters of dtype": (set_field(dtype="f" * 10**6), RemoteSchemaError, "args[0]"),
+    "a shape larger than memory": (set_size(3, 2**32 - 1, WIDTH), RemoteSchemaError, "args[0]"),
     "a shape larger than its bytes": (set_size(3, 2**20, WIDTH), ProtocolError, "480"),
     "a hundred thousand axes": (set_size(*[1] * 100_000), ProtocolError, "axes"),
     "unknown codec": (set_field(compression=77), ProtocolError, "77"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -137,6 +139,10 @@ def linked(request: pytest.FixtureRequest, dht: DHT, server: Server) -> RemoteEx
     return expert
 
 
+def has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_calls_over_connections_of_its_own(linked: RemoteExpert) -> None:
     """As workers of a DataLoader do. What the parent has open is the parent's: bytes of the child in between would spoil it."""
@@ -152,8 +158,44 @@ def test_a_forked_child_calls_over_connections_of_its_own(linked: RemoteExpert) 
                 os._exit(code)
         for _ in range(5):
             assert torch.allclose(call(linked, inputs)[0], expected, atol=TOLERANCE)
-        wait_until(
-            lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, what="the child's end"
-        )
+        wait_until(partial(has_ended, child), what="the child's end")
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.allclose(call(linked, inputs)[0], expected, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_children_forked_while_threads_call_are_not_held_up_by_their_locks(linked: RemoteExpert) -> None:
+    """Locks that the parent's threads hold, and what its event loop waits for, are nobody's in a child."""
+    inputs, ended = random_inputs(0, rows=2, length=3, rank=20), threading.Event()  # adapters that servers hold
+    expected, own = call(linked, inputs)
+    expected.sum().backward()
+
+    def run() -> float:
+        output, theirs = call(linked, inputs)
+        output.sum().backward()
+        return max(
+            (output - expected).abs().max().item(),
+            *((theirs[name].grad - own[name].grad).abs().max().item() for name in GLOBAL_AND_BATCHED),
+        )
+
+    def keep_calling() -> float:
+        worst = 0.0
+        while not ended.is_set():
+            linked.refresh_info()
+            worst = max(worst, run())
+        return worst
+
+    with ThreadPoolExecutor(4) as threads:
+        calling = [threads.submit(keep_calling) for _ in range(4)]
+        for _ in range(4):
+            child = os.fork()
+            if child == 0:  # no pytest from here on
+                code = 1
+                try:
+                    code = 0 if run() < TOLERANCE else 2
+                finally:
+                    os._exit(code)
+            wait_until(partial(has_ended, child), what="the child's end")
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        ended.set()
+        assert all(future.result(30) < TOLERANCE for future in calling)

@@ -14,7 +14,7 @@ from hivemind.proto import runtime_pb2
 
 from moe.config import HandlerConfig
 from moe.dht import DHT
-from moe.errors import CallTimeout, Overloaded, ProtocolError, SchemaError
+from moe.errors import DeadlineExceeded, Overloaded, ProtocolError, RemoteSchemaError
 from moe.server.server import Server
 from moe.transport.base import FORWARD
 from moe.wire.hivemind_dialect import ExpertRequest, ExpertResponse
@@ -125,7 +125,7 @@ def test_ten_gigabytes_are_refused_at_the_first_part(host: Host, to_host: RawCli
             writer.write(first_part(10 * 2**30 // (4 * WIDTH), bytes(64 * 1024)))
             pouring = asyncio.ensure_future(pour(writer, part, 100))
             try:
-                with refused(SchemaError, "args[0]", "exceeds"):
+                with refused(RemoteSchemaError, "args[0]", "exceeds"):
                     await answer(reader)
             finally:
                 sent = await pouring
@@ -167,7 +167,7 @@ def test_what_is_declared_and_never_sent_takes_no_memory(host: Host, to_host: Ra
             with refused(Overloaded, "in flight"):
                 await done.pop()
             results = await asyncio.gather(*answers, return_exceptions=True)
-            assert sorted(type(result).__name__ for result in results) == ["CallTimeout", "CallTimeout", "Overloaded"]
+            assert sorted(type(result).__name__ for result in results) == ["DeadlineExceeded"] * 2 + ["Overloaded"]
         await works(to_host)
 
     with memory_flat(host, 64 * MIB):
@@ -231,7 +231,7 @@ def test_silence_ends_a_stream(server: Server, raw: RawClient, begun: bytes) -> 
     async def attack() -> None:
         async with raw.open_stream(FORWARD) as (reader, writer):
             writer.write(begun)
-            with refused(CallTimeout, "reading a stream", within_s=READ_TIMEOUT_S + 5.0):
+            with refused(DeadlineExceeded, "reading a stream", within_s=READ_TIMEOUT_S + 5.0):
                 await answer(reader)
 
     raw.run(attack())
@@ -244,7 +244,7 @@ def test_a_byte_now_and_then_does_not_keep_a_stream_open(server: Server, raw: Ra
     async def attack() -> None:
         async with raw.open_stream(FORWARD) as (reader, writer):
             answered = asyncio.ensure_future(answer(reader))
-            with refused(CallTimeout, within_s=READ_TIMEOUT_S + 5.0):
+            with refused(DeadlineExceeded, within_s=READ_TIMEOUT_S + 5.0):
                 for byte in data:
                     writer.write(bytes([byte]))
                     await asyncio.wait([answered], timeout=0.2)

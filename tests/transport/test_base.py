@@ -78,3 +78,44 @@ def test_no_limit_has_to_be_asked_for() -> None:
 def test_the_size_of_a_request() -> None:
     call = Call(FORWARD, "e.0", None, [torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)], [0, 0])
     assert call.request_bytes == 3 * 4 * 4 + 5 * 8
+
+
+def test_a_cancellation_is_not_lost_when_the_result_comes_at_the_same_moment() -> None:
+    async def both_at_once() -> str:
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def wait() -> str:
+            return await within(future, 5.0, "waiting")
+
+        waiting = asyncio.ensure_future(wait())
+        await asyncio.sleep(0.01)
+        future.set_result("there")
+        waiting.cancel()
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            return "cancelled"
+        return "went on"
+
+    assert run(both_at_once()) == "cancelled"
+
+
+def test_what_does_not_let_itself_be_cancelled_is_not_waited_for() -> None:
+    ended = []
+
+    async def stubborn() -> None:
+        for _ in range(40):
+            try:
+                await asyncio.sleep(0.1)
+            except asyncio.CancelledError:
+                continue
+        ended.append(True)
+
+    async def wait() -> None:
+        task = asyncio.ensure_future(stubborn())
+        with pytest.raises(CallTimeout):
+            await within(task, 0.05, "waiting")
+        assert not ended
+        await task
+
+    run(wait())

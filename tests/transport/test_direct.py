@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from moe.config import HandlerConfig
-from moe.errors import CallTimeout, ConnectError, ExpertNotFound, MoEError, PeerGone, ProtocolError, SchemaError
+from moe.errors import (
+    CallTimeout,
+    ConnectError,
+    ExpertFailed,
+    ExpertNotFound,
+    MoEError,
+    PeerGone,
+    RemoteSchemaError,
+)
 from moe.schema import BatchTensorProto, Compression
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
@@ -28,7 +36,7 @@ from moe.transport.memory import MemoryPeer
 from moe.transport.tickets import Ticket
 from moe.wire.frames import DATA, HEADER, HELLO, OPEN, encode_frame
 from moe.wire.messages import ExpertDescription, RequestHeader, new_request_id
-from tests.experts import HIDDEN, LoraExpert, in_parallel, lora_backend
+from tests.experts import HIDDEN, LORA_KWARGS, LoraExpert, in_parallel, lora_backend
 
 KINDS = ("unix", "tls")
 
@@ -149,7 +157,16 @@ def test_calls_of_all_sizes_at_once_are_exact(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_with_globals_and_lossy_codecs(kind: str) -> None:
-    with lora_host() as host:
+    compressed = BatchTensorProto(None, HIDDEN, compression=Compression.FLOAT16)
+    backend = ExpertBackend(
+        "lora.0",
+        LoraExpert(),
+        args_schema=(compressed,),
+        kwargs_schema=LORA_KWARGS,
+        optional_kwargs=tuple(LORA_KWARGS),
+        outputs_schema=compressed,
+    )
+    with Host({"lora.0": backend}) as host:
         x, a, b = torch.randn(300, 5, HIDDEN), torch.randn(HIDDEN, 3), torch.randn(3, HIDDEN)
         grad = torch.randn(300, 5, HIDDEN)
         header = RequestHeader(present=("lora_a", "lora_b"), wants_grad=(True, True, True), request_id=new_request_id())
@@ -180,7 +197,7 @@ def test_a_refused_call_harms_no_other(kind: str) -> None:
             return await asyncio.gather(*(client.call(call, 30.0) for call in calls), return_exceptions=True)
 
         first, refused, unknown, last = host.run(work, kind)
-        assert isinstance(refused, SchemaError)
+        assert isinstance(refused, RemoteSchemaError)
         assert "args[0]" in str(refused)
         assert isinstance(unknown, ExpertNotFound)
         assert torch.equal(first.tensors[0], last.tensors[0])
@@ -277,7 +294,7 @@ def test_a_thread_whose_time_is_over_is_told_and_the_call_withdrawn(kind: str) -
 
 def test_a_refused_call_of_a_thread_harms_no_other() -> None:
     with lora_host() as host, host.link("unix") as client:
-        with pytest.raises(SchemaError, match=r"args\[0\]"):
+        with pytest.raises(RemoteSchemaError, match=r"args\[0\]"):
             client.call_blocking(forward_call(torch.randn(20_000, 5, HIDDEN + 1)), 30.0)
         with pytest.raises(ExpertNotFound):
             client.call_blocking(forward_call(torch.randn(1, 5, HIDDEN), uid="no.such"), 30.0)
@@ -329,7 +346,7 @@ def test_an_answer_that_cannot_be_sent_is_an_error_and_not_silence() -> None:
     schemas: dict[str, Any] = {"args_schema": (BatchTensorProto(HIDDEN),), "outputs_schema": BatchTensorProto(HIDDEN)}
     with Host({"odd.0": ExpertBackend("odd.0", Odd(), **schemas)}) as host, host.link("unix") as client:
         for rows in (1, 1, 4000):
-            with pytest.raises(ProtocolError, match="cannot be sent: "):
+            with pytest.raises(ExpertFailed, match="cannot be sent: "):
                 client.call_blocking(forward_call(torch.ones(rows, HIDDEN), uid="odd.0"), 10.0)
         host.await_release()
 

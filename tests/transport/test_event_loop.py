@@ -30,6 +30,19 @@ async def fail(error: BaseException) -> None:
     raise error
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_code_that_wants_to_end_the_process_does_not_end_the_loop(
+    thread: EventLoopThread, error: BaseException
+) -> None:
+    def wants() -> None:
+        raise error
+
+    thread.loop.call_soon_threadsafe(wants)
+    with pytest.raises(type(error)):
+        thread.run(fail(error), WAIT_S)
+    assert thread.run(asyncio.sleep(0, "alive"), WAIT_S) == "alive"
+
+
 def test_coroutines_run_in_a_uvloop_of_their_own(thread: EventLoopThread) -> None:
     async def where() -> tuple[str, asyncio.AbstractEventLoop]:
         return threading.current_thread().name, asyncio.get_running_loop()

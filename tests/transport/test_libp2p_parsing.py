@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -22,12 +23,16 @@ from moe.errors import (
     Overloaded,
     PeerGone,
     ProtocolError,
+    RemoteSchemaError,
     SchemaError,
     TransportError,
     Unavailable,
 )
+from moe.schema import Compression
 from moe.transport import libp2p
+from moe.transport.inflight import InflightBytes
 from moe.wire.hivemind_dialect import MAX_MESSAGE_BYTES
+from moe.wire.messages import MAX_ERROR_CHARS
 
 
 def frame(data: bytes, marker: int = 0, length: int | None = None) -> bytes:
@@ -95,7 +100,7 @@ def test_bytes_that_are_no_message_are_refused_before_memory_is_taken(data: byte
 
 def test_an_error_at_the_end_is_raised() -> None:
     end = frame(RPCError(message="SchemaError('args[0]: no')").SerializeToString(), marker=1)
-    with pytest.raises(SchemaError, match=r"args\[0\]: no"):
+    with pytest.raises(RemoteSchemaError, match=r"args\[0\]: no"):
         read(request("a") + end)
 
 
@@ -112,14 +117,14 @@ def test_any_bytes_are_messages_or_a_typed_error(data: bytes, must_end: bool) ->
 @pytest.mark.parametrize(
     "text, kind, message",
     [
-        ("SchemaError('args[0]: expected a, got b')", SchemaError, "args[0]: expected a, got b"),
+        ("SchemaError('args[0]: expected a, got b')", RemoteSchemaError, "args[0]: expected a, got b"),
         ('Overloaded("it\'s full")', Overloaded, "it's full"),
         ("Failed to call handler `x` at y: Overloaded('full')", Overloaded, "full"),
         ("KeyError('ffn.0')", ExpertNotFound, "no expert ffn.0"),
         ("RuntimeError('mat1 (2x3) and mat2')", ExpertFailed, "RuntimeError('mat1 (2x3) and mat2')"),
         ("something else", ExpertFailed, "something else"),
         ("", ExpertFailed, ""),
-        ("SchemaError('two\nlines')", SchemaError, "two\nlines"),
+        ("SchemaError('two\nlines')", RemoteSchemaError, "two lines"),
     ],
 )
 def test_errors_that_a_stock_handler_relays_as_text(text: str, kind: type[MoEError], message: str) -> None:
@@ -172,3 +177,91 @@ def test_all_messages_of_a_request_name_the_same_expert() -> None:
 
     with pytest.raises(ProtocolError, match="uids differ"):
         asyncio.run(receive())
+
+
+@pytest.mark.parametrize(
+    "text", ["a(: " * 50_000, ": " * 2_000_000, "a" * 4_000_000, "(" * 4_000_000, "a: " * 1_000_000]
+)
+def test_reading_an_error_takes_no_longer_the_longer_it_is(text: str) -> None:
+    begin = time.process_time()
+    error = libp2p._relayed_error(text, "peer")
+    assert time.process_time() - begin < 1.0, "200 KB took 18 s with the interpreter's lock held"
+    assert len(error.message) <= MAX_ERROR_CHARS
+
+
+def test_what_a_client_says_at_the_end_is_not_looked_into() -> None:
+    end = frame(RPCError(message="SchemaError('of yours')").SerializeToString(), marker=1)
+    with pytest.raises(PeerGone, match="ended the request with an error"):
+        read(request("a") + end, must_end=True)
+    with pytest.raises(ProtocolError, match="at most"):
+        read(frame(b"", marker=1, length=2**20), must_end=True)
+
+
+def test_the_memory_of_a_message_is_reserved_before_it_is_read() -> None:
+    async def receive(data: bytes) -> list[int]:
+        reader = asyncio.StreamReader()
+        reader.feed_data(data)
+        counted = inflight.reserve("peer", 0, "message")
+        try:
+            messages = libp2p._Reader(reader, 5.0, "peer", must_end=True, counted=counted).messages(ExpertRequest)
+            return [inflight.bytes async for _ in messages]
+        finally:
+            counted.done_with("message")
+
+    inflight = InflightBytes(1000, 1000)
+    assert asyncio.run(receive(request("a" * 100) + request("b") + END)) == [3 * 102, 3 * 102]
+    with pytest.raises(Overloaded):
+        asyncio.run(receive(request("a" * 400)))
+    with pytest.raises(Overloaded):
+        asyncio.run(receive(frame(b"", length=400)))  # before a byte of it has come
+    assert inflight.bytes == 0
+
+
+def test_many_small_messages_do_not_put_off_the_deadline() -> None:
+    async def trickle() -> None:
+        reader = asyncio.StreamReader()
+        stream = libp2p._Reader(reader, 5.0, "peer", must_end=True)
+        stream.deadline = time.monotonic() + 0.3
+
+        async def feed() -> None:
+            while True:
+                reader.feed_data(request("a"))
+                await asyncio.sleep(0.02)
+
+        feeding = asyncio.ensure_future(feed())
+        try:
+            async for _ in stream.messages(ExpertRequest):
+                pass
+        finally:
+            feeding.cancel()
+
+    begin = time.monotonic()
+    with pytest.raises(CallTimeout):
+        asyncio.run(trickle())
+    assert time.monotonic() - begin < 4.0
+
+
+def test_a_message_with_nothing_in_it_ends_a_request() -> None:
+    class Anything:
+        def feed(self, part: Any) -> None: ...
+
+    async def receive() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(request("a") + END)
+        requests = libp2p._Reader(reader, 5.0, "peer").messages(ExpertRequest)
+        await libp2p._receive(ExpertRequest(uid="a"), requests, Anything())  # type: ignore[arg-type]
+
+    with pytest.raises(ProtocolError, match="nothing in it"):
+        asyncio.run(receive())
+
+
+def test_a_reply_is_bounded_in_all_and_not_by_tensor() -> None:
+    gate = libp2p._ReplyGate(1000)
+    assert gate.admit(0, (100,), "float32", Compression.NONE) == 400
+    assert gate.admit(1, (100,), "float32", Compression.NONE) == 400
+    with pytest.raises(ProtocolError, match="much larger"):
+        gate.admit(2, (100,), "float32", Compression.NONE)
+    with pytest.raises(ProtocolError, match="much larger"):  # what it becomes when decoded counts, too
+        libp2p._ReplyGate(10_000).admit(0, (2000,), "float64", Compression.FLOAT16)
+    with pytest.raises(ProtocolError, match="float33"):
+        libp2p._ReplyGate(1000).admit(0, (1,), "float33", Compression.NONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import hivemind
@@ -290,3 +291,60 @@ def test_codecs_have_the_numbers_of_hivemind() -> None:
     for codec in Compression:
         assert runtime_pb2.CompressionType.Value(codec.name) == codec
     assert EncodedTensor("float32", (1,), Compression.NONE, b"1234").codec == 0
+
+
+EMPTY_TENSOR, EMPTY_SIZE = b"\x12\x00", b"\x10\x01"  # two bytes each: a tensor in a message, an axis in a tensor
+
+
+def in_tensor(data: bytes) -> bytes:
+    return b"\x12" + length_of(data) + data
+
+
+def length_of(data: bytes) -> bytes:
+    length, encoded = len(data), b""
+    while length >= 0x80:
+        encoded, length = encoded + bytes([length & 0x7F | 0x80]), length >> 7
+    return encoded + bytes([length])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        EMPTY_TENSOR * 2_000_000,
+        in_tensor(EMPTY_SIZE * 2_000_000),
+        in_tensor(b"\x12" + length_of(bytes(4_000_000)) + bytes(4_000_000)),  # an axis a byte
+        b"\x0a\x00" * 2_000_000,  # the uid, over and over
+        b"\x80" * 4_000_000,  # a number without an end
+        b"\x12\xff\xff\xff\xff\x7f",  # longer than the message
+        b"\x0b",  # a group
+    ],
+    ids=lambda data: f"{len(data)} bytes, {data[:4].hex()}",
+)
+def test_messages_of_a_million_parts_are_refused_before_they_are_parsed(data: bytes) -> None:
+    for message_type in (dialect.ExpertRequest, dialect.ExpertResponse):
+        begin = time.process_time()
+        with pytest.raises(ProtocolError):
+            dialect.Bounded(message_type).FromString(data)
+        assert time.process_time() - begin < 1.0
+
+
+@given(
+    uid=st.text(max_size=20),
+    tensors=st.lists(st.tuples(st.lists(st.integers(0, 2**32 - 1), max_size=5), st.binary(max_size=20)), max_size=5),
+    metadata=st.binary(max_size=20),
+)
+def test_what_has_no_more_parts_than_a_call_is_parsed_as_ever(
+    uid: str, tensors: list[tuple[list[int], bytes]], metadata: bytes
+) -> None:
+    messages = [runtime_pb2.Tensor(size=size, buffer=buffer, dtype="float32") for size, buffer in tensors]
+    request = dialect.ExpertRequest(uid=uid, tensors=messages, metadata=metadata)
+    assert dialect.Bounded(dialect.ExpertRequest).FromString(request.SerializeToString()) == request
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
+    for message_type in (dialect.ExpertRequest, dialect.ExpertResponse):
+        try:
+            dialect.Bounded(message_type).FromString(data)
+        except ProtocolError:
+            continue

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.errors import ExpertFailed, Overloaded, ProtocolError, Refused, RemoteError, SchemaError
+from moe.errors import ExpertFailed, Overloaded, ProtocolError, Refused, RemoteError
 from moe.schema import BatchTensorProto, ExpertSchema
 from moe.wire.messages import (
     FEATURES,
@@ -205,12 +205,12 @@ def test_a_time_left_that_is_no_number_sets_no_limit_below_the_servers_own() -> 
 
 
 def test_errors_keep_their_class_and_lose_what_is_private() -> None:
-    error = SchemaError("args[0]: expected this, got that", peer="here", uid="e.0")
+    error = Refused("args[0]: expected this, got that", peer="here", uid="e.0")
     wire = decode_reply_header(encode_header(ReplyHeader(error=WireError.from_exception(error))))
     assert wire is not None
     assert wire.error is not None
     restored = wire.error.to_exception(peer="there", uid="e.1")
-    assert type(restored) is SchemaError
+    assert type(restored) is Refused
     assert (restored.message, restored.peer, restored.uid) == (error.message, "there", "e.1")
     assert isinstance(WireError(code="overloaded", message="x").to_exception(peer=None, uid=None), Overloaded)
     unknown = WireError(code="invented tomorrow", message="x").to_exception(peer=None, uid=None)

@@ -1,5 +1,8 @@
 """Codecs: what goes in comes out, at the promised size, and buffers that lie are refused."""
 
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -87,6 +90,8 @@ def test_bool_bytes_other_than_0_and_1_become_true() -> None:
         EncodedTensor("float32", (4,), Compression.BLOCKWISE_8BIT, b"\x01" * 9),
         EncodedTensor("float32", (4,), Compression.FLOAT16, b"\x01" * 9999),
         EncodedTensor("float32", (4, 0), Compression.MEANSTD_16BIT, b"\x01" * 7),
+        EncodedTensor("float32", (0, 2**61, 2**61), Compression.NONE, b""),
+        EncodedTensor("float64", (0, 2**31, 2**31), Compression.NONE, b""),
     ],
     ids=repr,
 )
@@ -109,3 +114,53 @@ def test_garbage_is_a_tensor_or_a_protocol_error(
     except ProtocolError:
         return
     assert tuple(tensor.shape) == shape
+
+
+def lossy_buffer(codec: Compression, scales: int, entries: int, indices: int) -> bytes:
+    lengths = [scales, entries] if codec == Compression.BLOCKWISE_8BIT else [entries]
+    tables = np.ones(scales + entries, np.float32)
+    return np.array(lengths, np.int64).tobytes() + tables.tobytes() + bytes(indices)
+
+
+CODEBOOKS = [Compression.QUANTILE_8BIT, Compression.UNIFORM_8BIT, Compression.BLOCKWISE_8BIT]
+
+
+@pytest.mark.parametrize("codec", CODEBOOKS, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("scales", "entries", "indices"),
+    [
+        (2, 256, 4999),
+        (2, 256, 5001),
+        (2, 256, 20_000),
+        (2, 257, 5000),
+        (2, 0, 5000),
+        (1, 256, 5000),
+        (2**14, 256, 5000),
+    ],
+)
+def test_lengths_of_tables_follow_from_the_shape(codec: Compression, scales: int, entries: int, indices: int) -> None:
+    if codec != Compression.BLOCKWISE_8BIT and (entries, indices) == (256, 5000):
+        scales, indices = 0, 4000  # these have no scales to lie about
+    buffer = lossy_buffer(codec, scales if codec == Compression.BLOCKWISE_8BIT else 0, entries, indices)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decode_tensor(EncodedTensor("float32", (5000,), codec, buffer))
+        assert tracemalloc.get_traced_memory()[1] < 2**18
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("codec", CODEBOOKS, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_decoding_takes_the_memory_of_the_values_and_little_more(codec: Compression, dtype: str) -> None:
+    numel = 2**21
+    buffer = lossy_buffer(codec, numel // 4096 if codec == Compression.BLOCKWISE_8BIT else 0, 256, numel)
+    tracemalloc.start()  # sees what NumPy takes; torch takes the values
+    try:
+        tensor = decode_tensor(EncodedTensor(dtype, (numel,), codec, buffer))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert tensor.eq(1).all()
+    assert peak_bytes < 2**21, "it was 48 bytes a value"
