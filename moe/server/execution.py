@@ -47,18 +47,21 @@ def run_isolated(
         return list(results)
     except BaseException as e:  # a module may raise anything, SystemExit included
         error = e
-    if is_device_lost(error):
-        raise DeviceLost(text_of(error)) from error
-    if is_out_of_memory(error) and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(tasks) > 1:
-        middle = len(tasks) // 2
-        parts = (tasks[:middle], tasks[middle:])
-        return [outcome for part in parts for outcome in run_isolated(part, compute, join, undoable)]
-    if is_out_of_memory(error) and join is not None and tasks[0].rows > 1:
-        return [_run_halves(tasks[0], compute, join, undoable)]
-    logger.debug("a task failed", exc_info=error)
-    return [as_expert_failure(error)]
+    try:
+        if is_device_lost(error):
+            raise DeviceLost(text_of(error)) from error
+        if is_out_of_memory(error) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(tasks) > 1:
+            middle = len(tasks) // 2
+            parts = (tasks[:middle], tasks[middle:])
+            return [outcome for part in parts for outcome in run_isolated(part, compute, join, undoable)]
+        if is_out_of_memory(error) and join is not None and tasks[0].rows > 1:
+            return [_run_halves(tasks[0], compute, join, undoable)]
+        logger.debug("a task failed", exc_info=error)
+        return [as_expert_failure(error)]
+    finally:
+        del error  # it holds this frame, and would be held by it: a cycle, with all tensors of the computation in it
 
 
 def _run_halves(task: Task, compute: Compute, join: Join, undoable: Undoable) -> Outcome:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from moe.dht import stop_dht
-from moe.errors import ConfigError, ExpertFailed, SchemaError
+from moe.errors import ConfigError, RemoteSchemaError, SchemaError
 from moe.schema import BatchTensorProto, Compression, TensorProto
 from moe.server.assembly import assemble
 from moe.server.expert_backend import ExpertBackend
@@ -286,7 +286,7 @@ def test_lengths_that_do_not_fit(kwargs: Mapping[str, Any], complaint: str, fold
 def test_too_long_hurts_nobody_else(folders: dict[str, Path]) -> None:
     (block,) = blocks_of(folders["llama"], 1)
     with memory_swarm({"block.0": backend_of(block)}) as swarm:
-        with pytest.raises((SchemaError, ExpertFailed), match="64 positions at most, got 65"):
+        with pytest.raises(RemoteSchemaError, match="64 positions at most, got 65"):
             swarm.expert("block.0")(torch.randn(1, 65, HIDDEN))
         assert swarm.expert("block.0")(torch.randn(1, 64, HIDDEN)).shape == (1, 64, HIDDEN)
 

@@ -323,9 +323,9 @@ TENSORS: dict[str, tuple[Callable[[Any], None], Any, str]] = {
     "a shape larger than its bytes": (set_size(3, 2**20, WIDTH), ProtocolError, "480"),
     "a hundred thousand axes": (set_size(*[1] * 100_000), ProtocolError, "axes"),
     "unknown codec": (set_field(compression=77), ProtocolError, "77"),
-    "raw bytes called compressed": (set_field(compression=4), ProtocolError, ""),
-    "meanstd of nonsense": (set_field(compression=1), ProtocolError, ""),
-    "blockwise of nonsense": (set_field(compression=5), ProtocolError, ""),
+    "raw bytes called compressed": (set_field(compression=4), RemoteSchemaError, "takes NONE"),
+    "meanstd of nonsense": (set_field(compression=1), RemoteSchemaError, "takes NONE"),
+    "blockwise of nonsense": (set_field(compression=5), RemoteSchemaError, "takes NONE"),
 }
 
 

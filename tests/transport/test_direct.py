@@ -346,7 +346,7 @@ def test_an_answer_that_cannot_be_sent_is_an_error_and_not_silence() -> None:
     schemas: dict[str, Any] = {"args_schema": (BatchTensorProto(HIDDEN),), "outputs_schema": BatchTensorProto(HIDDEN)}
     with Host({"odd.0": ExpertBackend("odd.0", Odd(), **schemas)}) as host, host.link("unix") as client:
         for rows in (1, 1, 4000):
-            with pytest.raises(ExpertFailed, match="cannot be sent: "):
+            with pytest.raises(ExpertFailed, match="cannot be sent"):
                 client.call_blocking(forward_call(torch.ones(rows, HIDDEN), uid="odd.0"), 10.0)
         host.await_release()
 

@@ -77,6 +77,7 @@ def test_whoever_waits_for_a_peer_is_called_once_when_it_gives_something_back() 
 
 def test_many_threads_leave_nothing() -> None:
     inflight = InflightBytes(10_000, 2_000)
+    ending: list[threading.Thread] = []
 
     def work(peer: str) -> None:
         for i in range(300):
@@ -85,7 +86,8 @@ def test_many_threads_leave_nothing() -> None:
             except Overloaded:
                 continue
             reservation.keep_for("task")
-            threading.Thread(target=reservation.done_with, args=("task",)).start()
+            ending.append(threading.Thread(target=reservation.done_with, args=("task",)))
+            ending[-1].start()
             reservation.done_with("request")
 
     threads = [threading.Thread(target=work, args=(peer,)) for peer in ("a", "a", "b", "c")]
@@ -93,6 +95,6 @@ def test_many_threads_leave_nothing() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    while threading.active_count() > 1 and any(t.name.startswith("Thread-") for t in threading.enumerate()):
-        next(t for t in threading.enumerate() if t.name.startswith("Thread-")).join()
+    for thread in ending:
+        thread.join()
     assert inflight.bytes == 0 and not inflight._of_peer and not inflight._reservations
