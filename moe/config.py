@@ -114,7 +114,7 @@ class PoolConfig:
     :param min_batch_size: rows to wait for before a batch is formed, for at most ``max_wait_s``
     :param max_batch_size: rows in one batch; a single request with more is refused (clients split them)
     :param max_wait_s: longest a task waits for ``min_batch_size`` to be reached
-    :param max_pending_tasks: waiting tasks before new ones are refused as Overloaded
+    :param max_pending_tasks: waiting tasks before one is refused as Overloaded: the newest of the peer that has most
     :param max_pending_per_peer: the same for one peer, so that one flood cannot lock everybody out
     """
 
@@ -143,8 +143,8 @@ class HandlerConfig:
     :param max_inflight_bytes_per_peer: of those of one peer; a single request may be larger
     :param request_timeout_s: longest a request may take when its caller sets no shorter time
     :param read_timeout_s: longest silence while a request is being received (against slow senders)
-    :param once_max_replies: finished backward replies kept to answer repeats
-    :param once_max_bytes: of those replies together
+    :param once_max_replies: finished backward replies kept to answer repeats; the peer that has most loses its oldest
+    :param once_max_bytes: of those replies together, 2 KiB for each besides its values
     :param once_window_s: how long a repeated backward is recognized
     :param held_max_bytes: tensors held for their senders, who then need not send them again; of global tensors, and as much
         again of inputs of forwards, for the backwards that follow, and of the activations of these; 0: none

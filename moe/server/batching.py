@@ -197,6 +197,9 @@ class BatchQueue:
         task = self._waiting.pop(number, None)
         if task is None:
             return None
+        if not self._waiting:
+            self._clear()
+            return task
         group, peer = self._groups[task.group], self._peers[task.peer]
         ranks = group.by_peer[task.peer]
         group.rows -= task.rows
@@ -215,9 +218,11 @@ class BatchQueue:
             waiting = self._waiting.values()
             self._by_deadline = [(task.deadline, task.rank.number) for task in waiting if task.deadline < math.inf]
             heapq.heapify(self._by_deadline)
-        if not self._waiting:
-            self._turns.clear()
         return task
+
+    def _clear(self) -> None:
+        for what in (self._waiting, self._groups, self._peers, self._turns, self._by_deadline):
+            what.clear()
 
     def expire(self, now: float) -> list[Waiting]:
         """Remove and return the tasks whose deadline has passed."""
@@ -257,6 +262,10 @@ class BatchQueue:
         head = self._head(now)
         if head is None:
             return []
+        if len(self._waiting) == 1:  # as most often
+            (task,) = self._waiting.values()
+            self._clear()
+            return [task]
         group = self._groups[head[1]]
         order = [self._place(name, ranks, 0) for name, ranks in group.by_peer.items()]
         heapq.heapify(order)
@@ -272,7 +281,7 @@ class BatchQueue:
             batch.append(task)
             rows += task.rows
             ranks = group.by_peer.get(name)
-            if ranks is None:
+            if not self._waiting or ranks is None:
                 heapq.heappop(order)
             else:
                 heapq.heapreplace(order, self._place(name, ranks, count + 1))

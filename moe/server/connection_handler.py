@@ -61,6 +61,7 @@ T = TypeVar("T")
 _TOO_LATE = "the caller's time was over before the expert was done"
 _IN_THREAD_BYTES = 2**20  # more than this is not digested or copied in the event loop; ours, about 1 ms
 _COPY_BYTES = 2**18  # rows of a batch up to this are copied, so that they do not keep the batch; ours, about 25 us
+_MAX_FEATURES_KEPT = 16
 _REPEAT_WITHIN_S = 1.0  # a backward that nobody waits for any more waits so long for a repeat of it; ours
 _KEPT_FORWARD_BYTES = 2**16  # of a graph besides its tensors; ours
 
@@ -151,6 +152,8 @@ class ConnectionHandler:
         for name in dict.fromkeys(uids):  # before they are looked up: who may not call learns nothing of what is here
             self._authorization.check(peer, method, name, told)
         backends = [self._backend(name) for name in uids]
+        if header is not None and (header.metadata or len(header.features) > _MAX_FEATURES_KEPT):
+            header = msgspec.structs.replace(header, metadata={}, features=())  # not needed any more, and maybe large
         self.requests += 1
         admission = RequestAdmission(self, backends, peer, method, header, time.monotonic())
         for name in uids:
@@ -313,7 +316,8 @@ class RequestAdmission:
         if header is not None and header.time_left_s is not None:
             limit_s = min(limit_s, header.time_left_s)
         self._deadline = now + limit_s
-        itself = _REQUEST_BYTES + _BLOCK_BYTES * len(backends) + _TENSOR_BYTES * len(self._entries)
+        uses = sum(map(len, self._chain.users)) if len(backends) > 1 else 0  # of a tensor, by blocks
+        itself = _REQUEST_BYTES + _BLOCK_BYTES * (len(backends) + uses) + _TENSOR_BYTES * len(self._entries)
         self._reservation: Reservation = handler.inflight.reserve(
             peer, itself, "request", must_fit=handler.inflight.bytes > 0
         )
@@ -427,9 +431,8 @@ class RequestAdmission:
             of_reply = min(size_bytes - expected, self._ahead_of_reply)
             self._ahead_of_reply -= of_reply
             expected += of_reply
-        if (
-            size_bytes > expected
-        ):  # a module may return any length: an answer that nobody could foresee may have to be dropped
+        # a module may return any length: an answer that nobody could foresee may have to be dropped
+        if size_bytes > expected:
             alone = self._handler.inflight.bytes == self._reservation.size_bytes
             must_fit = between or (self._method == FORWARD and not alone)
             self._reservation.grow(size_bytes - expected, must_fit=must_fit)

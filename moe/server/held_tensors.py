@@ -10,8 +10,10 @@ through ``.data`` or NumPy, are not noticed.)
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -56,7 +58,8 @@ class Holdable(Protocol):
 H = TypeVar("H", bound=Holdable)
 
 
-class _Held(NamedTuple, Generic[H]):
+@dataclass(frozen=True)
+class _Held(Generic[H]):  # no NamedTuple: Python 3.10 has none that is generic
     used_at: float
     size_bytes: int
     what: H
@@ -94,7 +97,7 @@ class HeldTensors(Generic[H]):
         if not found.what.unchanged:
             self.drop(peer, [key])
             return None
-        self._held[peer, key] = found._replace(used_at=now)
+        self._held[peer, key] = dataclasses.replace(found, used_at=now)
         self._held.move_to_end((peer, key))
         self._of_peer[peer].move_to_end(key)
         return found.what

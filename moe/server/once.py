@@ -16,7 +16,8 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from moe.errors import Refused
 
@@ -27,7 +28,8 @@ ID_BYTES = 512  # one of these takes at most, with all that belongs to it; measu
 ANSWER_BYTES = 2048  # an answer takes besides its tensors' values; measured: 1300
 
 
-class _Answer(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class _Answer(Generic[T]):  # no NamedTuple: Python 3.10 has none that is generic
     finished_at: float
     size_bytes: int
     request: T

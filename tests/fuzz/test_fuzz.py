@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -14,7 +15,7 @@ SECONDS = 9.0  # of rounds; what is around them takes a few more
 
 
 @pytest.mark.parametrize("make", [link.make, libp2p.LibP2PFuzzer], ids=["link", "libp2p"])
-def test_hostile_clients_leave_nothing_behind_and_harm_nobody(make: type[Fuzzer]) -> None:
+def test_hostile_clients_leave_nothing_behind_and_harm_nobody(make: Callable[[int], Fuzzer]) -> None:
     seed = random.SystemRandom().getrandbits(32)
     report(f"seed {seed}")
     with make(seed) as fuzzer:

@@ -25,6 +25,7 @@ from moe.transport.direct import MAX_LINK_WEIGHT
 from moe.transport.libp2p import _connect
 from moe.transport.link import MAX_OWED_BYTES, MAX_UNWANTED_CALLS
 from moe.wire.frames import CANCEL, DATA, HEADER, MAX_OPENING_BYTES, encode_frame
+from moe.wire.hivemind_dialect import RPC_FORWARD
 from moe.wire.messages import BlockInputs, RequestHeader, encode_header
 from tests.fuzz import hostile_libp2p
 from tests.fuzz.experts import FFN_WIDTH, NOP_WIDTH, SLOTS, SMALL_WIDTH
@@ -450,7 +451,7 @@ def unary_requests_of_many_parts(hostile: Hostile) -> None:
     message = (b"\x0a\x05nop.0" + b"\x12\x00" * 2**20)[: 2**21]
 
     async def work(attacker: hostile_libp2p.Attacker) -> None:
-        await asyncio.gather(*(attacker.ask(hostile_libp2p.RPC_FORWARD, message, 2.0) for _ in range(8)))
+        await asyncio.gather(*(attacker.ask(RPC_FORWARD, message, 2.0) for _ in range(8)))
 
     hostile.over_libp2p(work, 8)
 

@@ -340,9 +340,11 @@ def test_an_answer_that_is_dropped_is_gone_at_once() -> None:
         while "1 answers" not in repr(once):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        (gradient,) = once.find("client", ("b.0", header.request_id), 0.0).answer
+        done = once.find("client", ("b.0", header.request_id), 0.0)
+        assert done is not None
+        (gradient,) = done.answer
         answer = weakref.ref(gradient)
-        del gradient
+        del gradient, done
         gc.disable()
         try:
             for _ in range(2):

@@ -43,7 +43,7 @@ from moe.server.task_pool import Task
 from moe.testing import FaultPlan, MemoryServer, MemorySwarm, MemoryTransport, memory_swarm
 from moe.transport.base import BACKWARD, FORWARD, Call, Reply
 from moe.transport.event_loop import client_loop
-from moe.wire.messages import RequestHeader, decode_request_header, new_request_id
+from moe.wire.messages import RequestHeader, decode_request_header, encode_header, new_request_id
 from tests.experts import (
     HIDDEN,
     LoraExpert,
@@ -249,6 +249,16 @@ def test_many_small_requests_are_bounded_by_what_each_takes_itself() -> None:
     for admission in admissions:
         admission.release()
     handler.check_idle()
+
+
+def test_what_a_header_says_besides_is_not_kept_with_the_request() -> None:
+    handler = ConnectionHandler(
+        {"e.0": linear_backend("e.0")}, authorize=lambda peer, method, uid, told: len(told) == 60
+    )
+    large = RequestHeader(metadata={f"{i}": "x" * 900 for i in range(60)}, features=("f" * 200,) * 64)
+    admission = handler.open("peer", FORWARD, "e.0", large)
+    assert len(encode_header(admission._header)) < 500
+    admission.release()
 
 
 def test_a_peer_over_its_share_leaves_room_for_others() -> None:
@@ -1129,7 +1139,7 @@ def test_whatever_an_answers_receiver_does_the_runtime_goes_on() -> None:
 
             request = Starting(swarm.server, "e.0", [torch.randn(2, HIDDEN)], NATIVE)
             admission = request._in_loop(request._open)
-            assert request._in_loop(lambda a=admission, r=request, f=answer: a.start(r.tensors, f))
+            assert request._in_loop(functools.partial(admission.start, request.tensors, answer))
             assert told.wait(WAIT_S)
             request._in_loop(admission.release)
             wait_until(lambda: swarm.server.handler.inflight.bytes == 0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe.config import HandlerConfig
-from moe.errors import MoEError, Overloaded, ProtocolError, SchemaError, TensorNotHeld
+from moe.errors import MoEError, Overloaded, ProtocolError, RemoteSchemaError, TensorNotHeld
 from moe.expert_uid import join_chain
 from moe.schema import BatchTensorProto, Compression, TensorProto, digest
 from moe.server.expert_backend import ExpertBackend
@@ -310,7 +310,7 @@ def test_a_backward_that_fails_leaves_the_inputs_for_another_try() -> None:
     with lora_server(lr=0.1) as server:
         send(server, FORWARD, [data], RequestHeader(keep=True, request_id=request_id))
         backward = RequestHeader(request_id=new_request_id(), held={0: request_id})
-        with pytest.raises(SchemaError, match="expected 32 rows"):
+        with pytest.raises(RemoteSchemaError, match="expected 32 rows"):
             send(server, BACKWARD, [grad[:3]], backward)
         (got,) = send(server, BACKWARD, [grad], backward).tensors
         assert got.shape == data.shape
@@ -450,7 +450,7 @@ def test_bytes_of_a_reference_count_as_if_they_had_been_sent() -> None:
     header = lora_header(held={1: digest(lora[0]), 2: digest(lora[1])})
     with lora_server(config) as server:
         send(server, FORWARD, [x(), *lora], lora_header(hold=(1, 2)))
-        with pytest.raises(SchemaError, match="exceeds"):
+        with pytest.raises(RemoteSchemaError, match="exceeds"):
             send(server, FORWARD, [x(32, 8)], header)
         with Opened(server, header), pytest.raises(Overloaded, match="in flight"):
             send(server, FORWARD, [x()], header)
@@ -534,7 +534,7 @@ def test_a_reference_has_to_fit_every_block_that_takes_it() -> None:
     with MemoryServer(backends) as server:
         send(server, FORWARD, [x(), *lora], lora_header(hold=(1, 2)), "wide.0")
         header = RequestHeader(chain=(inputs, inputs), held={1: digest(lora[0]), 2: digest(lora[1])})
-        with pytest.raises(SchemaError, match=r"narrow.0: kwargs\['lora_a'\]: expected float32\(6, 2\)"):
+        with pytest.raises(RemoteSchemaError, match=r"narrow.0: kwargs\['lora_a'\]: expected float32\(6, 2\)"):
             send(server, FORWARD, [x()], header, join_chain(["wide.0", "narrow.0"]))
 
 
@@ -545,14 +545,14 @@ KEPT, SECOND = adapter()
 BAD_REFERENCES: dict[str, tuple[dict[int, bytes], int, type[MoEError], str]] = {
     "a digest of nothing": ({1: bytes(32)}, 2, TensorNotHeld, r"kwargs\['lora_a'\] is not held"),
     "a request id of nothing": ({0: bytes(16)}, 2, TensorNotHeld, r"args\[0\] is not held"),
-    "the digest of a global for a batched tensor": ({0: digest(KEPT)}, 2, SchemaError, "a key of 32 bytes"),
+    "the digest of a global for a batched tensor": ({0: digest(KEPT)}, 2, RemoteSchemaError, "a key of 32 bytes"),
     "an id of another forward": ({2: b"o" * 16}, 2, TensorNotHeld, r"kwargs\['lora_b'\] is not held"),
-    "a key of another length": ({1: digest(KEPT)[:20]}, 2, SchemaError, "a key of 20 bytes"),
-    "another shape": ({2: digest(KEPT)}, 2, SchemaError, r"kwargs\['lora_b'\]: expected float32\(any, 6\), got"),
-    "a position after the inputs": ({3: digest(KEPT)}, 2, SchemaError, "position 3 is none of the 3 inputs"),
-    "another number of rows": ({0: HELD_ID}, 3, SchemaError, "rows"),
-    "all tensors sent as well": ({1: digest(KEPT), 2: digest(SECOND)}, 3, SchemaError, "expected 1 .*, got more"),
-    "fewer tensors than are missing": ({1: digest(KEPT)}, 1, SchemaError, "expected 2 tensors .*lora_b.*, got 1"),
+    "a key of another length": ({1: digest(KEPT)[:20]}, 2, RemoteSchemaError, "a key of 20 bytes"),
+    "another shape": ({2: digest(KEPT)}, 2, RemoteSchemaError, r"kwargs\['lora_b'\]: expected float32\(any, 6\), got"),
+    "a position after the inputs": ({3: digest(KEPT)}, 2, RemoteSchemaError, "position 3 is none of the 3 inputs"),
+    "another number of rows": ({0: HELD_ID}, 3, RemoteSchemaError, "rows"),
+    "all tensors sent as well": ({1: digest(KEPT), 2: digest(SECOND)}, 3, RemoteSchemaError, "expected 1 .*, got more"),
+    "fewer tensors than are missing": ({1: digest(KEPT)}, 1, RemoteSchemaError, "expected 2 tensors .*lora_b.*, got 1"),
 }
 
 
@@ -622,7 +622,7 @@ def test_headers_with_impossible_references_are_refused(held: dict[int, bytes]) 
 def test_many_references_are_refused_as_quickly_as_one() -> None:
     with lora_server() as server:
         header = lora_header(held=dict.fromkeys(range(512), bytes(32)))
-        with pytest.raises(SchemaError, match="a key of 32 bytes"):
+        with pytest.raises(RemoteSchemaError, match="a key of 32 bytes"):
             send(server, FORWARD, [], header)
 
 
@@ -740,7 +740,7 @@ def test_inputs_that_the_forward_has_written_to_are_kept_as_they_came() -> None:
         assert send(server, FORWARD, [x], header, "d.0").tensors[0].eq(4).all()
         assert x.eq(1).all()
         assert len(server.handler.held_inputs) == 1
-        (held,) = (held for _, held in server.handler.held_inputs._held.values())
+        (held,) = (entry.what for entry in server.handler.held_inputs._held.values())
         assert held.tensor.eq(1).all()
         referring = RequestHeader(held={0: HELD_ID})
         assert send(server, BACKWARD, [torch.ones(2, WIDE)], referring, "d.0").tensors[0].eq(1).all()

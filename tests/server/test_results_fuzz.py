@@ -524,7 +524,7 @@ def a_round(seed: int) -> None:
                         save_and_load
                     )  # its optimizer's state goes by position, ours by the first parameters
                 rng.choice(actions)(rng, swarm, expert)
-            assert swarm.server.handler.inflight_bytes == 0
+            assert swarm.server.handler.inflight.bytes == 0
     except BaseException as e:
         raise AssertionError(f"FUZZ_SEED={seed}: {expert}") from e
     finally:
