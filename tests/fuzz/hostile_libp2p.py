@@ -114,14 +114,14 @@ class Attacker:
         if self.rng.random() < 0.15:
             os.kill(os.getpid(), signal.SIGKILL)
         for _, writer in self._streams:
-            if self.rng.random() < 0.3:
-                writer.transport.abort()
+            if self.rng.random() < 0.7:
+                writer.close()
         self.close()
 
     def close(self) -> None:
-        """Close all streams."""
+        """End all streams at once; what they still had to send is lost."""
         for _, writer in self._streams:
-            writer.close()
+            writer.transport.abort()
         self._streams.clear()
 
 

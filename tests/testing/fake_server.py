@@ -1,7 +1,8 @@
 """Stands for ``hivemind-server`` in the tests of LocalSwarm: starts in a moment, behaves as its arguments say.
 
 ``--children N`` processes in groups of their own (as hivemind's DHT has), ``--deaf`` to SIGTERM, ``--leave`` children
-behind on SIGTERM, ``--fail`` to start, ``--silent``: never ready, ``--exit-after`` seconds with code 3.
+behind on SIGTERM, ``--fail`` to start, ``--silent``: never ready, ``--exit-after`` seconds with code 3, ``--says``
+this on SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ parser.add_argument("--identity_path", type=Path)
 parser.add_argument("--initial_peers", nargs="*", default=[])
 parser.add_argument("--children", type=int, default=0)
 parser.add_argument("--exit-after", type=float)
+parser.add_argument("--says")
 for flag in ("--deaf", "--leave", "--fail", "--silent"):
     parser.add_argument(flag, action="store_true")
 options = parser.parse_args()
@@ -37,7 +39,7 @@ def stop(number: int, frame: object) -> None:
         for child in children:
             child.kill()
             child.wait()
-    sys.stderr.write("stopped\n")
+    sys.stderr.write(f"{options.says}\nstopped\n" if options.says else "stopped\n")
     sys.exit(0)
 
 

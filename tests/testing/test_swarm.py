@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from moe.errors import LifecycleError
+from moe.server.idle import LEFT_AT_THE_END
 from moe.testing import LocalSwarm
 from moe.testing.processes import kill_session, session_members
 
@@ -52,6 +53,15 @@ def test_servers_start_in_one_swarm_and_end_with_it() -> None:
     assert swarm.initial_peers == []
     assert [swarm.processes(i) for i in range(2)] == [[], []]
     assert not directory.exists()
+
+
+def test_a_server_that_has_lost_count_of_its_requests_fails_the_test() -> None:
+    lost = f"{LEFT_AT_THE_END}bytes in flight: 10"
+    with pytest.raises(AssertionError, match="server1: .*bytes in flight: 10"), swarm_of([], ["--says", lost]) as swarm:
+        pass
+    assert len(swarm.left_behind) == 1
+    with pytest.raises(ValueError, match="mine"), swarm_of(["--says", lost]):  # what has failed already says why
+        raise ValueError("mine")
 
 
 def test_a_killed_server_is_gone_with_its_children_and_comes_back_as_the_same_peer() -> None:
