@@ -224,6 +224,11 @@ class _BoundDHT(DHT):  # type: ignore[misc]
         threading.Thread(target=self._end_with_parent, name="moe.dht.end_with_parent", daemon=True).start()
         super().run()
 
+    async def _shutdown(self) -> None:
+        daemon = self._node.p2p._child
+        if daemon is None or daemon.returncode is None:  # else there is nobody to take leave of, and that would take long
+            await super()._shutdown()
+
     def _end_with_parent(self) -> None:
         while os.getppid() == self._parent_pid:
             time.sleep(1.0)
