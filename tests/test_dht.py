@@ -301,7 +301,7 @@ def test_what_costs_one_expert_its_plan_costs_the_others_nothing(monkeypatch):
     found = found_of(rec.stock_records(uids, ME), rec.own_records([*uids, "stay.0"], ME, ServerInfo().to_plain()))
     found["ffn.1."][5] = Record(("ffn.1.5", OTHER), 100.0)
     expected, _ = plan_retraction([uid for uid in uids if uid != "ffn.1.1"], found, ME)
-    honest = moe.dht.experts.replace_own
+    honest = rec.replace_own
 
     def replace_own(leaving, found, me):
         if "ffn.1.1" in leaving:

@@ -4,8 +4,8 @@ Owns: the order of things in a server process (check, start, say where it is, wa
 know: how a server works. torch and hivemind are imported only once the command line is known to be good.
 
 Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, or only measured; 1 could not start, failed later, or could not save all
-that was learned; 2 bad usage. The only thing on stdout is one line: ``--initial_peers ...`` for others to join with, or what was measured; everything else
-goes to stderr.
+that was learned; 2 bad usage. The only thing on stdout is one line: ``--initial_peers ...`` for others to join with, or what
+was measured; everything else goes to stderr.
 """
 
 from __future__ import annotations

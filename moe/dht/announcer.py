@@ -14,7 +14,7 @@ from hivemind.utils import get_dht_time
 
 from moe.dht.experts import DEFAULT_EXPIRATION_S, check_uids, declare_experts, find_experts, retract_experts
 from moe.dht.records import ServerInfo
-from moe.errors import LifecycleError, MoEError
+from moe.errors import LifecycleError
 from moe.expert_uid import ExpertUID
 
 logger = logging.getLogger(__name__)

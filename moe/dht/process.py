@@ -226,7 +226,9 @@ class _BoundDHT(DHT):  # type: ignore[misc]
 
     async def _shutdown(self) -> None:
         daemon = self._node.p2p._child
-        if daemon is None or daemon.returncode is None:  # else there is nobody to take leave of, and that would take long
+        if (
+            daemon is None or daemon.returncode is None
+        ):  # else there is nobody to take leave of, and that would take long
             await super()._shutdown()
 
     def _end_with_parent(self) -> None:

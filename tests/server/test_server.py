@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
 def no_dht(monkeypatch: pytest.MonkeyPatch) -> None:
     """Assemble without any process."""
     monkeypatch.setattr(assembly, "start_dht", lambda *args, **kwargs: SimpleNamespace(kwargs=kwargs))
-    monkeypatch.setattr(assembly.gc, "freeze", lambda: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
 
 
 def assemble(**options: Any) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def test_what_a_part_refuses_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("moe.server.server.ConnectionHandler", refuse)
     with pytest.raises(ConfigError, match="ordinary function"):
         Server.create(expert_uids=["nop.0"], expert_cls="nop", hidden_dim=8, throughput=None, start=False, **LOOPBACK)
-    assert assembly.gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_server_that_never_started_stops(tmp_path: Path) -> None:

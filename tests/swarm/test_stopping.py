@@ -116,7 +116,7 @@ def test_each_process_is_told_in_any_order(swarm: LocalSwarm, dht: DHT, director
     report(f"stopped within {time.monotonic() - begin:.2f} s")
     assert updates_saved(directory, index) == [UPDATES]
     assert find_experts(dht, uids_of(index)) == [None]
-    gone, left = psutil.wait_procs(processes.values(), 5)
+    _, left = psutil.wait_procs(processes.values(), 5)
     assert not left
 
 
@@ -175,9 +175,13 @@ def test_a_background_server_that_is_told_by_others_saves_too(tmp_path: Path) ->
     options = {"expert_cls": "ffn", "hidden_dim": 8, "throughput": None, "host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
     before = set(psutil.Process().children())
     with background_server(expert_uids=["ffn.0"], checkpoint_dir=tmp_path, **options):
-        (server,) = (child for child in psutil.Process().children() if child not in before and "spawn" in str(child.cmdline()))
+        (server,) = (
+            child for child in psutil.Process().children() if child not in before and "spawn" in str(child.cmdline())
+        )
         for path in tmp_path.glob("*/*"):
             path.unlink()
         server.terminate()
-        wait_until(lambda: server.status() == psutil.STATUS_ZOMBIE, 20, "its end")  # not waited for: that is its parent's
+        wait_until(
+            lambda: server.status() == psutil.STATUS_ZOMBIE, 20, "its end"
+        )  # not waited for: that is its parent's
     assert find_checkpointed_uids(tmp_path) == ["ffn.0"]
