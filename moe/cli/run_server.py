@@ -114,16 +114,19 @@ def run(
             print(measure_only(options), flush=True)
             return 0
         server = (start or start_server)(options)
-        announce(server, options.peers_file, peers_line)
-        watch(server, options.stats_report_interval)
+        if not signals.requested:  # code that swallows every exception may have swallowed the request
+            announce(server, options.peers_file, peers_line)
+            watch(server, options.stats_report_interval, lambda: signals.requested)
         if server.failure is not None:
             logger.error("the server failed: %s", _describe(server.failure))
     except StopRequested as request:
         logger.info("%s, stopping", request)
     except Exception as e:
-        expected = isinstance(e, (MoEError, OSError))
-        logger.error("the server could not %s: %s", "go on" if server else "start", _describe(e), exc_info=not expected)
-        code = 1
+        if not signals.requested:  # an import that is interrupted fails in any way it likes
+            expected = isinstance(e, (MoEError, OSError))
+            what = "go on" if server else "start"
+            logger.error("the server could not %s: %s", what, _describe(e), exc_info=not expected)
+            code = 1
     finally:
         signals.begin_stop(lambda: server is not None and server.is_saving)
         if not stop(server):
@@ -250,17 +253,19 @@ def announce(server: RunningServer, peers_file: Path | None, peers_line: Callabl
         unfinished.replace(peers_file)
 
 
-def watch(server: RunningServer, stats_report_interval_s: float | None) -> None:
-    """Wait until the server has stopped or failed, and report what it serves meanwhile."""
+def watch(
+    server: RunningServer, stats_report_interval_s: float | None, told_to_stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Wait until the server has stopped or failed or is to stop, and report what it serves meanwhile."""
     if stats_report_interval_s is None:
-        while not server.wait(CHECK_PERIOD_S):
+        while not told_to_stop() and not server.wait(CHECK_PERIOD_S):
             pass
         return
 
     from moe.cli.report import Reporter
 
     with Reporter() as reporter:
-        while not server.wait(stats_report_interval_s):
+        while not told_to_stop() and not server.wait(stats_report_interval_s):
             reporter.report(server.statistics())
 
 

@@ -215,14 +215,6 @@ class _BoundDHT(DHT):  # type: ignore[misc]
     def _Popen(process: Any) -> _Popen:
         return _Popen(process)
 
-    def start(self) -> None:
-        """Fork. A signal that comes in between is not lost for us and does not end the child."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
     def run(self) -> None:
         """The process."""
         os.setpgid(0, 0)
@@ -232,6 +224,13 @@ class _BoundDHT(DHT):  # type: ignore[misc]
         threading.Thread(target=self._end_with_parent, name="moe.dht.end_with_parent", daemon=True).start()
         super().run()
 
+    async def _shutdown(self) -> None:
+        daemon = self._node.p2p._child
+        if (
+            daemon is None or daemon.returncode is None
+        ):  # else there is nobody to take leave of, and that would take long
+            await super()._shutdown()
+
     def _end_with_parent(self) -> None:
         while os.getppid() == self._parent_pid:
             time.sleep(1.0)
@@ -239,6 +238,20 @@ class _BoundDHT(DHT):  # type: ignore[misc]
             loop = self._node.p2p._reader_task.get_loop()
             asyncio.run_coroutine_threadsafe(self._node.shutdown(), loop).result(timeout=3.0)
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals that ask this process to end wait until the end of the body; processes started there do not heed them.
+
+    In between, one would end a new child that does not ignore it yet; and torch, when it starts its process for shared memory
+    and is interrupted, does not come back.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.0, **kwargs: Any) -> DHT:
@@ -257,15 +270,18 @@ def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.
         except Exception as e:
             raise ConfigError(f"initial_peers: {str(address)!r} is not an address like /ip4/.../p2p/...: {e}") from None
     deadline = time.monotonic() + start_timeout_s
-    dht = _BoundDHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
-    _watch(dht)
-    dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
+    dht: DHT | None = None
     try:
+        with _signals_wait():
+            dht = _BoundDHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
+        _watch(dht)
+        dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
         _wait(dht, "starting", dht._ready, deadline)
         left = max(0.1, deadline - time.monotonic())
         dht._peer_id = call(dht, "starting", _peer_id, timeout_s=left)
     except BaseException as e:
-        _kill(dht)
+        if dht is not None:
+            _kill(dht)
         if isinstance(e, CallTimeout):
             raise LifecycleError(f"the DHT did not start within {start_timeout_s:.3g} s") from e
         if isinstance(e, Exception) and not isinstance(e, LifecycleError):
