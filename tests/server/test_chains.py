@@ -340,7 +340,10 @@ def test_an_answer_that_is_dropped_is_gone_at_once() -> None:
         while "1 answers" not in repr(once):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        (gradient,) = once.find("client", ("b.0", header.request_id), 0.0).answer
+        first = once.find("client", ("b.0", header.request_id), 0.0)
+        assert first is not None
+        (gradient,) = first.answer
+        del first
         answer = weakref.ref(gradient)
         del gradient
         gc.disable()

@@ -1139,7 +1139,7 @@ def test_whatever_an_answers_receiver_does_the_runtime_goes_on() -> None:
 
             request = Starting(swarm.server, "e.0", [torch.randn(2, HIDDEN)], NATIVE)
             admission = request._in_loop(request._open)
-            assert request._in_loop(lambda a=admission, r=request, f=answer: a.start(r.tensors, f))
+            assert request._in_loop(functools.partial(admission.start, request.tensors, answer))
             assert told.wait(WAIT_S)
             request._in_loop(admission.release)
             wait_until(lambda: swarm.server.handler.inflight.bytes == 0)
