@@ -392,7 +392,7 @@ class RequestAdmission:
             returned = returned_bytes(self._chain, self._method, shape[0])
             if self._method == FORWARD:
                 besides += returned
-            else:
+            elif returned:
                 self._reserve(returned, 0)
             self._ahead += returned
         if self._method == BACKWARD and position < len(self._wants) and self._wants[position]:
@@ -413,11 +413,15 @@ class RequestAdmission:
             server might refuse one for ever that is not too large itself
         :raises Overloaded: there is no room for it
         """
-        config, needed = self._handler.config, self._needed + size_bytes
-        alone = self._handler.inflight.bytes == self._reservation.size_bytes
-        allowed = needed <= config.max_inflight_bytes and besides <= 4 * config.max_request_bytes
-        self._reservation.grow(size_bytes + besides, must_fit=not (alone and allowed))
-        self._needed = needed
+        self._needed += size_bytes
+        try:
+            self._reservation.grow(size_bytes + besides)
+        except Overloaded:
+            config = self._handler.config
+            alone = self._handler.inflight.bytes == self._reservation.size_bytes
+            if not alone or self._needed > config.max_inflight_bytes or besides > 4 * config.max_request_bytes:
+                raise
+            self._reservation.grow(size_bytes + besides, must_fit=False)
 
     def _count(self, size_bytes: int, *, between: bool = False) -> None:
         """Memory that is taken now, for some or all of which there is a reservation already.

@@ -44,7 +44,7 @@ def _busy(server: HasParts) -> Iterator[str]:
         yield str(e) or traceback.extract_tb(e.__traceback__)[-1].line or "a counter is wrong"
     except RuntimeError as e:  # a dict has changed while it was looked at: something is going on
         yield str(e)
-    yield from _must_be_empty("reservations of bytes in flight", server.handler.inflight._reservations)
+    yield from _must_be_empty("reservations of bytes in flight", server.handler.inflight._shares)
     yield from _must_be_empty("links that wait for what nobody will give back", server.handler.inflight._waiting)
     for pool in server.runtime.pools:
         yield from _must_be_empty("tasks", list(range(pool.statistics().pending)), pool.name)

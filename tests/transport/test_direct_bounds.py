@@ -166,10 +166,10 @@ class Host:
     def nothing_left(self, *, links: int = 0, seconds: float = 2.0) -> None:
         """Every admission was released, all bytes given back, all links closed."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and (self.service.inflight._reservations or self.direct.links > links):
+        while time.monotonic() < deadline and (self.service.inflight._shares or self.direct.links > links):
             time.sleep(0.01)
         assert self.service.inflight.bytes == 0
-        assert not self.service.inflight._reservations
+        assert not self.service.inflight._shares
         assert self.direct.links <= links
         assert all(admission.released for admission in self.service.admissions)
         for link in self.direct._links:

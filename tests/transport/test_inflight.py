@@ -75,6 +75,15 @@ def test_whoever_waits_for_a_peer_is_called_once_when_it_gives_something_back() 
     assert told == [6]
 
 
+def test_who_is_told_may_look_at_the_reservation() -> None:
+    inflight = InflightBytes(100, 100)
+    reservation = inflight.reserve("a", 10, "request")
+    told: list[bool] = []
+    inflight.when_given_back("a", lambda: told.append(reservation.keep_for("more")))
+    reservation.done_with("request")
+    assert told == [False]
+
+
 def test_many_threads_leave_nothing() -> None:
     inflight = InflightBytes(10_000, 2_000)
     ending: list[threading.Thread] = []
@@ -97,4 +106,5 @@ def test_many_threads_leave_nothing() -> None:
         thread.join()
     for thread in ending:
         thread.join()
-    assert inflight.bytes == 0 and not inflight._of_peer and not inflight._reservations
+    assert inflight.bytes == 0 and not inflight._shares
+    inflight.check()
