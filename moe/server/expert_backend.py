@@ -61,6 +61,7 @@ MAX_PADDING = 2.0  # lanes of unequal row counts are stacked if that at most dou
 WATCHED_RUNS = 8  # of the same shapes are watched for tensors that escape from them; ours
 MAX_CHAINS = 1024  # kept, one for each subset of the optional kwargs that callers give; ours
 _lane_numbers = itertools.count()
+_NOTHING = contextlib.nullcontext()
 
 
 class ExpertBackend:
@@ -389,7 +390,11 @@ class ExpertBackend:
         if outputs is None:
             tensors = concatenate(lane[0].entries, [task.tensors for task in lane])
             lent = self._to_lend(lane, tensors)
-            with self._noticing_writes([t for t, is_lent in zip(tensors, lent) if not is_lent]):
+            with (
+                self._noticing_writes([t for t, is_lent in zip(tensors, lent) if not is_lent])
+                if False in lent
+                else _NOTHING
+            ):
                 given = [lend(t) if is_lent else t for t, is_lent in zip(tensors, lent)]
                 outputs = own(self._checked(list(self.forward(*given, present=lane[0].present)), sum(rows)))
         return [list(part) for part in split(self.schema.output_entries, outputs, rows)]
@@ -420,13 +425,13 @@ class ExpertBackend:
     def _to_lend(self, lane: list[Task], tensors: Sequence[torch.Tensor]) -> list[bool]:
         """Which of a lane's tensors the module may not write to: somebody else may use them afterwards. Those that cannot be
         lent for nothing are given to a module that has not been seen to write to its inputs."""
-        entries = lane[0].entries
+        if len(lane) == 1 and (self._writes_inputs or lane[0].keep):
+            return [True] * len(tensors)
         shared = {id(held.tensor) for task in lane for held in task.shared}
-        always = self._writes_inputs or lane[0].keep
         return [
             not (len(lane) > 1 and entry.proto.batched)  # else it is a copy anyway
-            and (always or id(tensor) in shared or lends_for_nothing(tensor))
-            for entry, tensor in zip(entries, tensors)
+            and (lends_for_nothing(tensor) or self._writes_inputs or id(tensor) in shared)
+            for entry, tensor in zip(lane[0].entries, tensors)
         ]
 
     @contextlib.contextmanager
@@ -630,7 +635,7 @@ class ExpertBackend:
             for is_lent, wanted, leaf in zip(self._to_lend(lane, tensors[:count]), first.wants_grad, leaves)
         ]
         direct = [leaf for leaf, is_lent in zip(leaves, lent) if not is_lent]
-        with torch.enable_grad(), self._noticing_writes(direct):
+        with torch.enable_grad(), self._noticing_writes(direct) if direct else _NOTHING:
             given = [lend(leaf) if is_lent else leaf for leaf, is_lent in zip(leaves, lent)]
             args, kwargs = self.schema.pack_inputs(given, first.present)
             outputs = self._checked(self._call_module(args, kwargs), sum(task.rows for task in lane))

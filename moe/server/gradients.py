@@ -12,21 +12,25 @@ MAX_NORM = 1e16
 
 def usable(gradients: Iterable[torch.Tensor]) -> bool:
     """True if they are finite, and stay so when an optimizer squares or adds them. One pass over memory."""
-    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    on_devices: list[torch.Tensor] = []
     for gradient in gradients:
-        dense = gradient if gradient.layout is torch.strided else gradient.detach().coalesce().values()
-        if dense.numel():
-            groups.setdefault((dense.device, dense.dtype), []).append(dense)
-    for (device, dtype), group in groups.items():
-        if dtype.itemsize == 2:  # whose own largest number is soon reached
-            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in group]
-        else:
-            norms = list(torch._foreach_norm(group, 2.0))
-        if device.type != "cpu":
-            norms = [torch.stack(norms).max()]
-        if not all(norm.item() <= MAX_NORM for norm in norms):  # nor if one is nan
+        values = gradient if gradient.layout is torch.strided else gradient.detach().coalesce().values()
+        square = _square(values)
+        if square.device.type != "cpu":
+            on_devices.append(square)
+        elif not square.item() <= MAX_NORM**2:  # nor if it is nan
             return False
-    return True
+    return not on_devices or bool(torch.stack(on_devices).max() <= MAX_NORM**2)
+
+
+def _square(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the squares of all values."""
+    if tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64):
+        flat = tensor.view(-1)
+        return torch.dot(flat, flat)  # all cores, where vector_norm takes one
+    half = tensor.dtype.itemsize == 2  # whose own largest number is soon reached
+    norm = torch.linalg.vector_norm(tensor, dtype=torch.float32 if half else None)
+    return norm.double() ** 2
 
 
 def add(gradient: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:

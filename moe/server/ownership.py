@@ -28,10 +28,10 @@ _share_until_written: Callable[[torch.Tensor], torch.Tensor] | None = getattr(to
 def lend(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of equal contents that may be written to, without effect on this one: a copy, which is made when the first
     of the two is written to, if torch has allocated the memory, else at once. Gradients flow through it; it is no leaf."""
-    if _share_until_written is not None and not tensor.is_inference():
+    if _share_until_written is not None and tensor.untyped_storage().resizable() and not tensor.is_inference():
         try:
             return _share_until_written(tensor)
-        except RuntimeError:  # memory of others
+        except RuntimeError:  # memory that torch shares in another way
             pass
     return tensor.clone()
 
