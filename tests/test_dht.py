@@ -30,6 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moe.dht.announcer
+import moe.dht.experts
 from moe.dht import (
     DHT,
     Announcer,
@@ -53,6 +54,7 @@ from moe.dht import (
 )
 from moe.dht import records as rec
 from moe.dht.announcer import next_announcement
+from moe.dht.experts import plan_retraction
 from moe.dht.process import call
 from moe.dht.records import DIRECTORY_KEY, PeerIDs, Record
 from moe.errors import CallTimeout, ConfigError, LifecycleError, MoEError, TransportError
@@ -258,6 +260,60 @@ def test_own_facts_after_some_and_after_all_experts_have_left():
     assert planned[DIRECTORY_KEY, ME] == {**facts, "state": "offline", "parts": 0}
     assert planned[rec.hosted_key("ffn.3."), ME] is None
     assert rec.find_heirs({"ffn.3.7", "ffn.3.8"}, found, ME) == {"ffn.3.7": OTHER}
+
+
+FORGED = [
+    {(rec.hosted_key("ffn.3."), ME): {"runs": "none"}},
+    {(rec.hosted_key("ffn.3."), ME): {"runs": [0]}},
+    {(rec.hosted_key("ffn.3."), ME): {}},
+    {(DIRECTORY_KEY, ME): {"parts": 1}, (rec.part_key(ME, 0), None): {"no": "list"}},
+    {(DIRECTORY_KEY, ME): {"parts": 1}, (rec.part_key(ME, 0), None): [["ffn.3.", [0, 2**61]]]},
+    {("ffn.3.", 7): (["ffn.3.7"], ME)},
+    {("ffn.3.", 7): ({}, ME)},
+    {("ffn.3.", 7): ME},
+    {("deep.1.2.", 3): (["deep.1.2.3"], ME), ("deep.1.", 2): (None, ME)},
+]
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_records_forged_in_our_name_keep_no_expert_from_being_retracted(forged):
+    uids = ["ffn.3.7", "ffn.3.8", "ffn.4.0", "deep.1.2.3", "one.5"]
+    facts = ServerInfo().to_plain()
+    stock = {place: value for place, value in rec.stock_records(uids, ME).items() if place[1] is not None}
+    found = found_of(stock, rec.own_records(uids, ME, facts), forged)
+    planned, heirs = plan_retraction(uids, found, ME)
+    after = {key: dict(records) for key, records in found.items()}
+    for (key, subkey), record in planned.items():
+        assert record.expiration_time > 100.0
+        after[key][subkey] = record
+    assert heirs == {}
+    peer_ids = PeerIDs()
+    for prefix in ("ffn.3.", "ffn.4.", "deep.1.2.", "deep.1.", "one.5."):
+        assert rec.read_successors(prefix, after[prefix], peer_ids) == {}
+    for prefix in rec.by_prefix(uids):
+        assert [server.runs for server in rec.read_hosted(prefix, after[rec.hosted_key(prefix)], peer_ids).values()] in (
+            [], [()]
+        )  # fmt: skip
+
+
+def test_what_costs_one_expert_its_plan_costs_the_others_nothing(monkeypatch):
+    uids = [f"ffn.{i}.{j}" for i in range(3) for j in range(3)]
+    found = found_of(rec.stock_records(uids, ME), rec.own_records([*uids, "stay.0"], ME, ServerInfo().to_plain()))
+    found["ffn.1."][5] = Record(("ffn.1.5", OTHER), 100.0)
+    expected, _ = plan_retraction([uid for uid in uids if uid != "ffn.1.1"], found, ME)
+    honest = rec.replace_own
+
+    def replace_own(leaving, found, me):
+        if "ffn.1.1" in leaving:
+            raise TypeError("unhashable")
+        return honest(leaving, found, me)
+
+    monkeypatch.setattr(moe.dht.experts, "replace_own", replace_own)
+    planned, _ = plan_retraction(uids, found, ME)
+    for place in set(expected) - {(DIRECTORY_KEY, ME), (rec.hosted_key("ffn.1."), ME)}:
+        if place[0] != rec.part_key(ME, 0):
+            assert planned[place].value == expected[place].value, place
+    assert planned["ffn.1.", 1].value is None
 
 
 # --- on real nodes -----------------------------------------------------------------------------------------------------
@@ -570,6 +626,48 @@ def test_hostile_records_do_no_harm(peers, caplog):
     assert {prefix: list(entries) for prefix, entries in found.items()} == {"attacked.1.": [2], "attacked.2.": []}
 
 
+def test_a_server_retracts_whatever_others_have_stored_in_its_name(peers):
+    a, b, c = peers
+    me, uids = a.peer_id.to_base58(), ["framed.1.2", "framed.1.3", "framed.2.0"]
+    declare_experts(a, uids, info=ServerInfo(version="good"))
+    ends = get_dht_time() + 120  # later than ours
+    b.store(rec.hosted_key("framed.1."), value={"runs": ["x"]}, subkey=me, expiration_time=ends)
+    b.store(DIRECTORY_KEY, value={"parts": 1, "state": "online"}, subkey=me, expiration_time=ends)
+    b.store(rec.part_key(me, 0), value=[["framed.1.", [0]]], expiration_time=ends)
+    b.store("framed.1.", value=(["framed.1.2"], me), subkey=2, expiration_time=ends)
+    assert hosts(c, *uids)[-1] == [a.peer_id]
+    retract_experts(a, uids)
+    assert hosts(c, *uids) == [[], [], []]
+    assert fetch_prefixes(c, ["framed.1.", "framed.2.", "framed."]) == {"framed.1.": {}, "framed.2.": {}, "framed.": {}}
+    assert not [server for server in list_servers(c) if server.peer_id == me and server.state == ServerState.ONLINE]
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+def test_experts_are_retracted_though_the_libp2p_daemon_has_died(peers, moment):
+    own = start_dht(visible_addresses(peers[0]))
+    try:
+        uids = [f"orphan.1.{i}" for i in range(3)]
+        declare_experts(own, uids, info=ServerInfo())
+        assert hosts(peers[1], *uids) == [[own.peer_id]] * 3
+        (daemon,) = psutil.Process(own.pid).children()
+        daemon.terminate()
+        if moment == "before":
+            daemon.wait(10)
+        retract_experts(own, uids)
+        assert hosts(peers[1], *uids) == [[], [], []]
+        assert psutil.Process(own.pid).children() == []  # nor does the one stay that has told them
+    finally:
+        stop_dht(own)
+
+
+def test_without_the_libp2p_daemon_and_anybody_else_a_retraction_says_so(own_dht):
+    declare_experts(own_dht, ["alone.0"], info=ServerInfo())
+    (daemon,) = psutil.Process(own_dht.pid).children()
+    daemon.kill()
+    with pytest.raises(TransportError, match="no other peer is known"):
+        retract_experts(own_dht, ["alone.0"], timeout_s=10)
+
+
 def test_large_requests_do_not_kill_the_dht(peers):
     # hivemind's own declare_experts does with enough uids: its process takes a part of the request for the whole
     a, _, c = peers
@@ -790,6 +888,35 @@ def test_what_cannot_start_says_why_and_leaves_nothing():
     eventually(lambda: children() <= before)
 
 
+def test_a_dht_outlives_what_asks_processes_to_end(own_dht):
+    """A supervisor may tell all processes of a server, a terminal its foreground group."""
+    (daemon,) = psutil.Process(own_dht.pid).children()
+    assert os.getpgid(own_dht.pid) == os.getpgid(daemon.pid) == own_dht.pid != os.getpgid(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(own_dht.pid, number)
+        time.sleep(0.05)
+        assert visible_addresses(own_dht)
+    own_dht.terminate()  # but its parent may say so
+    own_dht.join(10)
+    assert not own_dht.is_alive()
+    eventually(lambda: not is_running(daemon))
+
+
+@pytest.mark.parametrize("how", ["import atexit", "dht.shutdown()", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_a_script_that_ends_takes_its_dht_along(how):
+    """The interpreter asks its children to end, and waits for that."""
+    program = f"""
+import os, signal, moe.dht.process
+dht = moe.dht.process.start_dht()
+print(dht.pid, flush=True)
+{how}
+"""
+    root = str(Path(__file__).resolve().parents[1])
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=root, timeout=60)
+    node = int(ended.stdout)
+    eventually(lambda: not psutil.pid_exists(node) or psutil.Process(node).status() == psutil.STATUS_ZOMBIE)
+
+
 @pytest.mark.parametrize("moment", ["while it starts", "later"])
 def test_a_dht_ends_with_a_killed_parent(moment):
     program = """
@@ -928,6 +1055,29 @@ def test_the_first_announcement_must_succeed(fake):
     assert fake.retracted == []
     with pytest.raises(ConfigError):
         Announcer(None, ["ffn"], ServerInfo)
+
+
+def test_experts_are_hidden_and_shown_again(fake, caplog):
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, update_period_s=600.0, expiration_s=1200.0)
+    announcer.start()
+    announcer.hide()
+    eventually(lambda: fake.retracted == [("ffn.0",)])
+    announcer.announce()  # of what there is to tell; it does not show them
+    assert len(fake.calls) == 1 and fake.retracted == [("ffn.0",)] * 2
+    announcer.hide(False)
+    eventually(lambda: len(fake.calls) == 2)
+    announcer.stop()
+
+
+def test_stopping_is_not_kept_by_a_retraction_that_fails(fake, monkeypatch, caplog):
+    def fail(dht, uids, timeout_s):
+        raise TypeError("unhashable")
+
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, 600.0, 1200.0)
+    announcer.start()
+    monkeypatch.setattr(moe.dht.announcer, "retract_experts", fail)
+    announcer.stop()
+    assert "could not retract 1 experts" in caplog.text
 
 
 def test_announce_now(fake):

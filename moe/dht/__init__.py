@@ -10,7 +10,15 @@ from hivemind.p2p import PeerID, PeerInfo
 from hivemind.utils import get_dht_time
 
 from moe.dht.announcer import Announcer, AnnouncerStatistics
-from moe.dht.experts import declare_experts, fetch_prefixes, find_experts, find_servers, list_servers, retract_experts
+from moe.dht.experts import (
+    check_uids,
+    declare_experts,
+    fetch_prefixes,
+    find_experts,
+    find_servers,
+    list_servers,
+    retract_experts,
+)
 from moe.dht.pings import ping_peers
 from moe.dht.process import peers_line, resolve_p2p, start_dht, stop_dht, visible_addresses, visible_peer
 from moe.dht.records import FoundExpert, ServerInfo, ServerState, Successor, Successors
@@ -26,6 +34,7 @@ __all__ = [
     "ServerState",
     "Successor",
     "Successors",
+    "check_uids",
     "declare_experts",
     "fetch_prefixes",
     "find_experts",

@@ -14,7 +14,7 @@ from hivemind.utils import get_dht_time
 
 from moe.dht.experts import DEFAULT_EXPIRATION_S, check_uids, declare_experts, find_experts, retract_experts
 from moe.dht.records import ServerInfo
-from moe.errors import LifecycleError, MoEError
+from moe.errors import LifecycleError
 from moe.expert_uid import ExpertUID
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Announcer:
         self.update_period_s, self.expiration_s, self.timeout_s = update_period_s, expiration_s, timeout_s
         self._lock = threading.Lock()
         self._announcing = threading.RLock()  # so that none that is under way undoes what another one does
+        self._hidden = False
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -101,6 +102,11 @@ class Announcer:
 
     def announce_now(self) -> None:
         """Make the next announcement now, in the background: what there is to tell has changed."""
+        self._wake.set()
+
+    def hide(self, hidden: bool = True) -> None:
+        """Make the experts invisible, or visible again, in the background; it is tried until it succeeds."""
+        self._hidden = hidden
         self._wake.set()
 
     def announce(self) -> None:
@@ -165,7 +171,7 @@ class Announcer:
         if retract and not stopped_before:
             try:
                 retract_experts(self.dht, self.uids, timeout_s=max(0.1, deadline - time.monotonic()))
-            except MoEError as e:
+            except Exception as e:  # whatever was read there, the server goes on stopping
                 logger.warning("could not retract %d experts, they stay until they expire: %s", len(self.uids), e)
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -208,9 +214,11 @@ class Announcer:
         if not self.uids:
             return
         try:
-            info = self.get_info()
-            until = get_dht_time() + self.expiration_s
-            declare_experts(self.dht, self.uids, until, info=info, timeout_s=self.timeout_s)
+            if self._hidden:
+                retract_experts(self.dht, self.uids, self.timeout_s)
+            else:
+                until = get_dht_time() + self.expiration_s
+                declare_experts(self.dht, self.uids, until, info=self.get_info(), timeout_s=self.timeout_s)
         except Exception as e:
             with self._lock:
                 self._failures += 1

@@ -12,7 +12,7 @@ import bisect
 import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,8 @@ DEFAULT_EXPIRATION_S = 60.0  # twice the default announce period (ServerConfig.u
 TIMEOUT_PER_UID_S = 0.05  # on top; declaring 1024 experts took 4 s with 3 nodes, 15 s with 8, all on the same two cores
 STALE_AFTER_S = 1.0  # how long a read waits for the last holders of a key before it takes what one of them knows
 GIVE_UP_KEY_S = 5.0  # how long it then waits for a key; one with a malformed value is never answered by hivemind
+MAX_NEIGHBOURS = 32  # addresses of peers by which a new node joins
+_DYING_S = 0.5  # for a daemon that answers no more to be gone
 MAX_OUTBID_S = 600.0  # how much longer than asked a record may live to replace one in its way; stock clients put "there
 # is no such expert" in the place of a 1-D expert for up to 300 s
 MAX_LISTED_PARTS = 4096  # list_servers reads no more parts of uids than this, whatever servers say
@@ -182,6 +184,7 @@ async def _declare(
                 outbid = max(expiration_time, blocker.expiration_time + TOMBSTONE_EDGE_S)
                 again[place] = Record(wanted[place], outbid)
         stored.update(await _store(node, again))
+        await _remember_neighbours(node)
         if facts is not None and not any(stored.values()):  # not even our own, where no other server is in the way
             raise TransportError("every record was refused")
         return {key if subkey is None else (key, subkey): stored[key, subkey] for key, subkey in stock}
@@ -242,6 +245,16 @@ async def _retract(node: DHTNode, uids: list[ExpertUID]) -> None:
     await asyncio.gather(*declaring, return_exceptions=True)
 
     me = node.peer_id.to_base58()
+    if not await _done_by(node, _replace_records(node, uids, me)):
+        async with _stand_in(node) as other:
+            await _replace_records(other, uids, me)
+
+
+async def _replace_records(node: DHTNode, uids: list[ExpertUID], me: str) -> None:
+    """Replace a peer's records of experts.
+
+    :param node: of this peer, or of another one
+    """
     places = [place for place in stock_records(uids, me) if place[1] is not None]
     keys = [*(key for key, _ in places), *map(hosted_key, by_prefix(uids)), DIRECTORY_KEY]
     found = await _read(node, keys, latest=True)
@@ -250,16 +263,113 @@ async def _retract(node: DHTNode, uids: list[ExpertUID]) -> None:
     found.update(await _read(node, (part_key(me, i) for i in range(parts)), latest=True))
 
     # prefixes and our own facts first: they are few, and all that readers of this package need
-    heirs = find_heirs(leaving, found, me)
-    await _store(node, {**replace_stock(leaving, places, found, heirs, me), **replace_own(leaving, found, me)})
+    planned, heirs = plan_retraction(uids, found, me)
+    await _store(node, planned)
 
-    # this node's own copy is enough: if another server's record has replaced ours, it ends later and so refuses this
-    own_copies = await _read(node, uids, latest=False)
+    # its node's own copy is enough: if another server's record has replaced ours, it ends later and so refuses this
+    own_copies = await _read(node, uids, latest=node.peer_id.to_base58() != me)
     tombstones: dict[Place, Record] = {}
     for uid, records in own_copies.items():
         if None in records and records[None].value == me:
             tombstones[uid, None] = Record(heirs.get(uid), records[None].expiration_time + TOMBSTONE_EDGE_S)
     await _store(node, tombstones)
+
+
+def plan_retraction(
+    uids: Sequence[ExpertUID], found: Mapping[str, Mapping[Any, Record]], me: str
+) -> tuple[dict[Place, Record], dict[ExpertUID, str]]:
+    """What replaces a peer's records of experts, but for the stock records of the experts themselves. Pure.
+
+    Anybody can store anything in our name. Records that make planning fail cost the expert in question its heirs, and no
+    other expert anything: then all its records are replaced by tombstones.
+
+    :returns: records, and for experts that others host, too, one of these
+    """
+    places = [place for place in stock_records(uids, me) if place[1] is not None]
+    try:
+        heirs = find_heirs(uids, found, me)
+        return {**replace_stock(set(uids), places, found, heirs, me), **replace_own(set(uids), found, me)}, heirs
+    except Exception as e:
+        if len(uids) == 1:
+            logger.warning("the records of %s make no sense, they are all replaced: %r", uids[0], e)
+            mine = [*places, *((hosted_key(prefix), me) for prefix in by_prefix(uids)), (DIRECTORY_KEY, me)]
+            there = ((place, found[place[0]].get(place[1])) for place in mine)
+            return {
+                place: Record(None, record.expiration_time + TOMBSTONE_EDGE_S)
+                for place, record in there
+                if record is not None and (place[1] == me or owner(record.value) == me)
+            }, {}
+    middle = len(uids) // 2
+    first, heirs = plan_retraction(uids[:middle], found, me)
+    after = {key: dict(records) for key, records in found.items()}
+    for (key, subkey), record in first.items():
+        after.setdefault(key, {})[subkey] = record
+    second, others = plan_retraction(uids[middle:], after, me)
+    return {**first, **second}, {**heirs, **others}
+
+
+# --- when the libp2p daemon has died: what it would have stored, another one can store -------------------------------
+
+_neighbours: list[str] = []  # addresses of peers, as of the last announcement
+
+
+async def _remember_neighbours(node: DHTNode) -> None:
+    with contextlib.suppress(Exception):  # the daemon is busy, or has died: those of last time, then
+        peers = await asyncio.wait_for(node.p2p.list_peers(), GIVE_UP_KEY_S)
+        _neighbours[:] = [f"{address}/p2p/{peer.peer_id.to_base58()}" for peer in peers for address in peer.addrs]
+
+
+async def _done_by(node: DHTNode, work: Coroutine[Any, Any, None]) -> bool:
+    """Run something that needs the libp2p daemon.
+
+    :returns: False if the daemon has died before that was done
+    """
+    daemon = node.p2p._child
+    working = asyncio.ensure_future(work)
+    if daemon is None:  # another process looks after it
+        await working
+        return True
+    ended = asyncio.ensure_future(daemon.wait())
+    try:
+        await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            # without a daemon, reads find nothing and stores store nowhere, which is no error
+            await asyncio.wait_for(node.p2p.list_peers(), GIVE_UP_KEY_S)
+            await working
+            return True
+    except Exception:
+        if not ended.done():
+            await asyncio.wait({ended}, timeout=_DYING_S)
+        if not ended.done():
+            raise
+    finally:
+        working.cancel()
+        ended.cancel()
+        await asyncio.gather(working, ended, return_exceptions=True)
+    return False
+
+
+@contextlib.asynccontextmanager
+async def _stand_in(node: DHTNode) -> AsyncIterator[DHTNode]:
+    """A new node with a libp2p daemon of its own, in the same swarm.
+
+    :raises Exception: if none of those that were known can be reached
+    """
+    if not _neighbours:
+        raise TransportError("the libp2p daemon has died, and no other peer is known")
+    logger.info("the libp2p daemon has died; another one tells the swarm")
+    other = await DHTNode.create(
+        initial_peers=_neighbours[:MAX_NEIGHBOURS],
+        client_mode=True,
+        num_workers=node.num_workers,
+        record_validator=node.protocol.record_validator,
+        ensure_bootstrap_success=False,
+        strict=False,
+    )
+    try:
+        yield other
+    finally:
+        await other.shutdown()
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

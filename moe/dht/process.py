@@ -2,7 +2,8 @@
 
 hivemind's DHT is a forked process with an event loop, asked through a pipe. By itself, a request to a dead or stuck one
 waits for ever, a request larger than a few kilobytes can kill it (it reads the pipe without blocking and takes a part
-for the whole), and it outlives a parent that is killed. None of that gets past this file. Must not know: records.
+for the whole), it outlives a parent that is killed, and a SIGTERM to all processes of a server ends it before the server
+has told the swarm that it leaves. None of that gets past this file. Must not know: records.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from multiprocessing import reduction
+from multiprocessing import popen_fork, reduction
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_S = 15.0  # for one operation
 _POLL_S = 0.25  # how often a waiting caller looks whether the process still lives
 _LOCK_PATIENCE_S = 2.0  # a result is sent in far less, unless the sender is dead
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a process to end
 _INLINE_BYTES = 2048  # a request is one write of at most PIPE_BUF (4096) bytes; 759 of them are hivemind's
 
 _Result = TypeVar("_Result")
@@ -192,13 +195,41 @@ def _watch(dht: DHT) -> None:
 # --- starting and stopping it ----------------------------------------------------------------------------------------
 
 
+class _Popen(popen_fork.Popen):
+    """The process of a _BoundDHT, which does not heed SIGTERM: an interpreter that ends asks with that, and waits."""
+
+    def terminate(self) -> None:
+        """Kill it, whereupon its libp2p daemon ends too."""
+        self.kill()
+
+
 class _BoundDHT(DHT):  # type: ignore[misc]
-    """hivemind's DHT, but its process ends when the one that started it is gone."""
+    """hivemind's DHT, but its process ends when the one that started it says so or is gone, and not before.
+
+    A supervisor or a terminal that ends a server signals each of its processes. This one has to live on until the server
+    has told the swarm that it leaves, so it ignores what asks processes to end, and leaves the terminal's foreground group,
+    together with its libp2p daemon, which heeds SIGINT and SIGTERM.
+    """
+
+    @staticmethod
+    def _Popen(process: Any) -> _Popen:
+        return _Popen(process)
 
     def run(self) -> None:
         """The process."""
+        os.setpgid(0, 0)
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         threading.Thread(target=self._end_with_parent, name="moe.dht.end_with_parent", daemon=True).start()
         super().run()
+
+    async def _shutdown(self) -> None:
+        daemon = self._node.p2p._child
+        if (
+            daemon is None or daemon.returncode is None
+        ):  # else there is nobody to take leave of, and that would take long
+            await super()._shutdown()
 
     def _end_with_parent(self) -> None:
         while os.getppid() == self._parent_pid:
@@ -207,6 +238,20 @@ class _BoundDHT(DHT):  # type: ignore[misc]
             loop = self._node.p2p._reader_task.get_loop()
             asyncio.run_coroutine_threadsafe(self._node.shutdown(), loop).result(timeout=3.0)
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals that ask this process to end wait until the end of the body; processes started there do not heed them.
+
+    In between, one would end a new child that does not ignore it yet; and torch, when it starts its process for shared memory
+    and is interrupted, does not come back.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.0, **kwargs: Any) -> DHT:
@@ -225,15 +270,18 @@ def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.
         except Exception as e:
             raise ConfigError(f"initial_peers: {str(address)!r} is not an address like /ip4/.../p2p/...: {e}") from None
     deadline = time.monotonic() + start_timeout_s
-    dht = _BoundDHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
-    _watch(dht)
-    dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
+    dht: DHT | None = None
     try:
+        with _signals_wait():
+            dht = _BoundDHT(initial_peers=list(initial_peers), start=True, await_ready=False, **kwargs)
+        _watch(dht)
+        dht._inner_pipe.close()  # the child's end: while it is open here too, writing to a dead child is no error
         _wait(dht, "starting", dht._ready, deadline)
         left = max(0.1, deadline - time.monotonic())
         dht._peer_id = call(dht, "starting", _peer_id, timeout_s=left)
     except BaseException as e:
-        _kill(dht)
+        if dht is not None:
+            _kill(dht)
         if isinstance(e, CallTimeout):
             raise LifecycleError(f"the DHT did not start within {start_timeout_s:.3g} s") from e
         if isinstance(e, Exception) and not isinstance(e, LifecycleError):

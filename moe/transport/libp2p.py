@@ -437,16 +437,18 @@ class LibP2PServer:
         if self._p2p is None:
             return
         p2p, self._p2p = self._p2p, None
-        with contextlib.suppress(Exception):  # the daemon may be gone already
-            await asyncio.wait_for(self._unregister(p2p), timeout=2.0)
+        if _is_connected(p2p):  # it would not say that the daemon is gone
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._unregister(p2p), timeout=2.0)
         if self._requests:
             await asyncio.wait(self._requests, timeout=grace_s)
         for task in self._requests:
             task.cancel()
         if self._requests:
             await asyncio.wait(self._requests, timeout=1.0)
-        with contextlib.suppress(Exception):  # one more question to the daemon: it reads what comes before it
-            await asyncio.wait_for(p2p.remove_protobuf_handler(RPC_INFO), timeout=1.0)
+        if _is_connected(p2p):
+            with contextlib.suppress(Exception):  # one more question to the daemon: it reads what comes before it
+                await asyncio.wait_for(p2p.remove_protobuf_handler(RPC_INFO), timeout=1.0)
         await p2p.shutdown()
 
     async def _unregister(self, p2p: P2P) -> None:
