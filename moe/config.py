@@ -175,14 +175,17 @@ class ServerConfig:
     :param update_period_s: how often experts are announced to the DHT
     :param expiration_s: how long an announcement lives; default twice the period, at least 3 s
     :param start_timeout_s: for all parts to start
-    :param shutdown_timeout_s: for a graceful stop before the hard way
+    :param shutdown_timeout_s: for a graceful stop before the hard way, apart from saving
+    :param stop_timeout_s: from the order to stop until experts must be saved, if there is a checkpoint directory
     :param checkpoint_period_s: how often experts are saved, if there is a checkpoint directory
     :param keep_checkpoints: newest checkpoints kept per expert
     :param stats_report_interval_s: how often served rows are reported; None: never
     :param direct: offer the direct link (Unix socket, TLS) next to libp2p
     :param direct_port: TCP port of the direct link; 0: any free one
     :param direct_hosts: names or addresses at which other hosts reach the direct link; none: those libp2p announces
-    :param stuck_after_s: a batch that runs longer makes the server unhealthy; None: never
+    :param stuck_after_s: while a batch runs longer, the server is unhealthy: its experts are hidden and all who call are told
+        to go elsewhere; None: never
+    :param give_up_after_s: a batch that runs longer ends the server, for a supervisor to start it again; None: never
     :param drain_quiet_s: an expert that leaves is served on until nobody has called it for this long
     :param drain_timeout_s: but no longer than this
     :param balance_quality: a server of blocks that may move does so if the slowest block is served slower than this part of
@@ -194,10 +197,12 @@ class ServerConfig:
     expiration_s: float | None = None
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 5.0
+    stop_timeout_s: float = 300.0
     checkpoint_period_s: float = 60.0
     keep_checkpoints: int = 3
     stats_report_interval_s: float | None = None
     stuck_after_s: float | None = 600.0
+    give_up_after_s: float | None = None
     direct: bool = True
     direct_port: int = 0
     direct_hosts: tuple[str, ...] = ()
@@ -208,12 +213,13 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "update_period_s", "start_timeout_s", "shutdown_timeout_s", allow_none=False)
+        check_positive(self, "stop_timeout_s", allow_none=False)
         check_positive(self, "checkpoint_period_s", "keep_checkpoints", allow_none=False)
         if not 0 <= self.direct_port <= 65535:
             raise ConfigError(f"direct_port: expected a port from 0 to 65535, got {self.direct_port!r}")
         check_positive(self, "drain_quiet_s", "drain_timeout_s", "balance_quality", allow_none=False, allow_zero=True)
         check_positive(self, "balance_period_s", allow_none=False)
-        check_positive(self, "expiration_s", "stats_report_interval_s", "stuck_after_s")
+        check_positive(self, "expiration_s", "stats_report_interval_s", "stuck_after_s", "give_up_after_s")
 
     @property
     def announce_expiration_s(self) -> float:

@@ -1,31 +1,35 @@
 """Experts on disk. Owns: where checkpoints lie, how they are written so that a kill at any moment loses nothing that was
 saved before, how many are kept, and which one is loaded. Must not know: what is in a state, or when a batch runs.
 
-A directory per expert uid, in it ``checkpoint_<time of the save>.pt`` and ``checkpoint_last.pt``, a link to the newest:
-hivemind's layout, so that either package finds and loads what the other one saved. A file appears under its name only when
-it is complete, on disk, and known to load with ``weights_only``.
+A directory per expert uid, in it ``checkpoint_<time of the save>.pt`` and ``checkpoint_last.pt``, a link to the newest
+that is finite: hivemind's layout, so that either package finds and loads what the other one saved. A file appears under its
+name only when it is complete, on disk, and known to load with ``weights_only``.
+
+A state with a nan or an infinity in its parameters is of no use to anybody. It is saved all the same, but never in place of
+the last finite one: that is neither deleted nor passed over by a restart.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 
 from moe.config import check_positive
 from moe.errors import ConfigError, LifecycleError, MoEError, ProtocolError
-from moe.expert_uid import ExpertUID, is_valid_uid
+from moe.expert_uid import UID_DELIMITER, ExpertUID, is_valid_uid
 from moe.schema import Compression, ExpertSchema
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,7 @@ class Checkpointable(Protocol):
     """What checkpoints need of an ExpertBackend.
 
     A state may hold, under the key ``moe``, the ``uid`` and the plain ``schema`` of the expert it was taken from; they
-    are compared when it is loaded. hivemind's states have no such key.
+    are compared when it is loaded; and ``updates``, how often it was trained. hivemind's states have no such key.
     """
 
     @property
@@ -71,8 +75,9 @@ def store_experts(
     now: float | None = None,
     *,
     interrupted: Callable[[], bool] = lambda: False,
+    stored: Callable[[ExpertUID, int], None] = lambda uid, updates: None,
 ) -> None:
-    """Save every expert, and delete all but its newest checkpoints (hivemind's included).
+    """Save every expert, and delete all but its newest checkpoints (hivemind's included) and its last finite one.
 
     If one expert cannot be saved, the others still are.
 
@@ -81,6 +86,7 @@ def store_experts(
     :param keep_last: how many checkpoints of each expert to keep
     :param now: time to name the checkpoints by, in seconds since the epoch; the clock's unless told
     :param interrupted: asked before each expert; True leaves out the rest
+    :param stored: told of each expert that is on disk, with the number of its updates
     :raises ConfigError: no such directory, a uid that cannot name a directory, or nothing to keep
     :raises LifecycleError: if some experts could not be saved, naming them
     """
@@ -93,7 +99,7 @@ def store_experts(
         if interrupted():
             break
         try:
-            _store(experts[uid].state_dict(), folder, keep_last, saved_at)
+            stored(uid, _store(experts[uid], folder, keep_last, saved_at))
         except Exception as e:  # whatever one expert's code or its directory does, the others are saved
             logger.debug("could not save %s", uid, exc_info=True)
             failures[uid] = e
@@ -102,7 +108,17 @@ def store_experts(
         raise LifecycleError(f"could not save {reasons}") from next(iter(failures.values()))
 
 
-def _store(state: dict[str, Any], folder: Path, keep_last: int, saved_at: datetime) -> None:
+def _store(expert: Checkpointable, folder: Path, keep_last: int, saved_at: datetime) -> int:
+    """Save one expert.
+
+    :returns: the updates that are in what was saved
+    """
+    updates = _updates_of(expert)
+    state = expert.state_dict()
+    non_finite = _non_finite_tensor(state, expert)
+    if "moe" in state:
+        updates = state["moe"].get("updates", updates)
+        state = {**state, "moe": {**state["moe"], "finite": non_finite is None}}
     if not folder.is_dir():
         folder.mkdir()
         _sync_directory(folder.parent)
@@ -112,10 +128,27 @@ def _store(state: dict[str, Any], folder: Path, keep_last: int, saved_at: dateti
     path = folder / f"{PREFIX}{saved_at.strftime(TIME_FORMAT)}{SUFFIX}"
     with _appears_complete(path) as file:
         torch.save(state, file)
-    _point_last_to(path)
+    last_finite = (
+        path if non_finite is None else _newest_finite([*(old for _, old in earlier), path.with_name(LAST)], expert)
+    )
+    if non_finite is not None:
+        logger.error(
+            "expert %s is not finite any more (%s); %s",
+            *(folder.name, non_finite),
+            f"kept, and loaded by a restart: {last_finite}" if last_finite else "no checkpoint of it is",
+        )
+    _point_last_to(last_finite or path)
     _sync_directory(folder)
     for _, old in _saved(folder)[keep_last:]:
-        old.unlink(missing_ok=True)
+        if old != last_finite:
+            old.unlink(missing_ok=True)
+    return int(updates)
+
+
+def _updates_of(expert: Checkpointable) -> int:
+    """How often it was trained, as far as it knows."""
+    updates = getattr(expert, "updates", 0)
+    return updates if isinstance(updates, int) else 0
 
 
 @contextlib.contextmanager
@@ -136,6 +169,9 @@ def _appears_complete(path: Path) -> Iterator[IO[bytes]]:
 
 def _point_last_to(path: Path) -> None:
     last, link = path.with_name(LAST), path.with_name(f"{UNFINISHED_PREFIX}{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError):
+        if os.path.samefile(path, last):
+            return
     try:
         os.link(path, link)
         os.replace(link, last)
@@ -155,11 +191,65 @@ def _sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
+# --- what is finite -------------------------------------------------------------------------------------------------
+
+
+def _non_finite_tensor(state: Mapping[str, Any], expert: Checkpointable) -> str | None:
+    """Name of a tensor of a state that holds a nan, or an infinity; None: there is none.
+
+    Infinities of buffers do not count: masks are made of them.
+    """
+    named_parameters = getattr(getattr(expert, "module", None), "named_parameters", None)
+    parameters = None if named_parameters is None else {f"module.{name}" for name, _ in named_parameters()}
+    for key, part in state.items():
+        for name, tensor in _tensors(key, part):
+            is_buffer = key == "module" and parameters is not None and name not in parameters
+            if _is_non_finite(tensor, ignore_infinities=is_buffer):
+                return name
+    return None
+
+
+def _tensors(name: str, part: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(part, torch.Tensor):
+        yield name, part
+    elif isinstance(part, (Mapping, list, tuple)):
+        for key, inner in part.items() if isinstance(part, Mapping) else enumerate(part):
+            yield from _tensors(f"{name}.{key}", inner)
+
+
+def _is_non_finite(tensor: torch.Tensor, *, ignore_infinities: bool) -> bool:
+    """One pass over the tensor that takes no memory: a fraction of what writing it takes."""
+    if tensor.layout is not torch.strided:
+        return tensor.layout is torch.sparse_coo and _is_non_finite(
+            tensor.coalesce().values(), ignore_infinities=ignore_infinities
+        )
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    ends = torch.stack(
+        torch.aminmax(tensor.detach() if tensor.itemsize > 1 else tensor.detach().float())
+    )  # nan spreads
+    return bool((ends.isnan() if ignore_infinities else ~ends.isfinite()).any())
+
+
+def _newest_finite(paths: Iterable[Path], expert: Checkpointable) -> Path | None:
+    """The first of these checkpoints that can be loaded and is finite."""
+    for path in paths:
+        with contextlib.suppress(Exception):  # a damaged file makes torch raise nearly anything
+            state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            finite = state["moe"].get("finite") if "moe" in state else None  # older files, and hivemind's, do not say
+            if finite is True or (finite is None and _non_finite_tensor(state, expert) is None):
+                return path
+    return None
+
+
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
 def load_experts(experts: Experts, checkpoint_dir: str | os.PathLike[str]) -> list[ExpertUID]:
-    """Load the newest checkpoint of every expert, ours or hivemind's; a damaged one gives way to the one before it.
+    """Load the newest checkpoint of every expert, ours or hivemind's; one that is damaged or not finite gives way to the one
+    before it, unless none is finite.
 
     Nothing in a checkpoint is executed. An expert without checkpoints stays as it is, with a warning.
 
@@ -175,7 +265,7 @@ def load_experts(experts: Experts, checkpoint_dir: str | os.PathLike[str]) -> li
         if not paths:
             logger.warning("Failed to load checkpoint for expert %s: there is none in %s", uid, folder)
             continue
-        path, state = _read_first(uid, paths)
+        path, state = _read_first(uid, experts[uid], paths)
         _check_identity(state.get("moe"), experts[uid], path)
         try:
             experts[uid].load_state_dict(state)
@@ -192,23 +282,46 @@ def find_checkpointed_uids(checkpoint_dir: str | os.PathLike[str]) -> list[Exper
 
     :raises ConfigError: no such directory
     """
-    folders = (child for child in _existing_directory(checkpoint_dir).iterdir() if is_valid_uid(child.name))
-    return sorted(folder.name for folder in folders if _candidates(folder))
+    found = []
+    for folder in _existing_directory(checkpoint_dir).iterdir():
+        if is_valid_uid(folder.name):
+            found += [folder.name] if _candidates(folder) else []
+        elif UID_DELIMITER in folder.name and _candidates(folder):  # a name that was one in an earlier version, perhaps
+            logger.warning("%s has checkpoints, but is not named by a uid: they are not loaded", folder)
+    return sorted(found)
 
 
-def _read_first(uid: ExpertUID, paths: list[Path]) -> tuple[Path, dict[str, Any]]:
-    """The first checkpoint that can be read."""
+def _read_first(uid: ExpertUID, expert: Checkpointable, paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first checkpoint that can be read and is finite; if none is finite, the first that can be read."""
+    readable = []
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or "module" not in state:
-                raise ValueError("it does not hold the state of an expert")
-            return path, state
+            state = _read(path)
         except Exception as e:  # a damaged file makes torch raise nearly anything
             reason = str(e).partition("\n")[0]
             logger.warning("expert %s: cannot load checkpoint %s: %s: %s", uid, path, type(e).__name__, reason)
             logger.debug("could not load %s", path, exc_info=True)
+            continue
+        non_finite = _non_finite_tensor(state, expert)
+        if non_finite is None:
+            return path, state
+        logger.warning("expert %s: checkpoint %s is not finite (%s)", uid, path, non_finite)
+        readable.append(path)
+    if readable:
+        logger.warning("expert %s: none of its checkpoints is finite; loading %s", uid, readable[0])
+        return readable[0], _read(readable[0])
     raise LifecycleError(f"none of these checkpoints can be loaded: {', '.join(map(str, paths))}", uid=uid)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint.
+
+    :raises Exception: if it cannot be read
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "module" not in state:
+        raise ValueError("it does not hold the state of an expert")
+    return state
 
 
 def _check_identity(description: Any, expert: Checkpointable, path: Path) -> None:
@@ -287,7 +400,7 @@ class CheckpointStatistics:
 
 
 class CheckpointSaver:
-    """Saves experts periodically, in a thread of its own, and once more when stopped.
+    """Saves experts periodically, in a thread of its own, and once more when stopped. Always those first that would lose most.
 
     A save that fails is logged and tried again after the next period; it never ends the thread.
 
@@ -296,25 +409,54 @@ class CheckpointSaver:
     :param period_s: from the end of one save to the beginning of the next
     :param keep_last: how many checkpoints of each expert to keep
     :ivar last_error: why the last save failed; None if it did not
+    :ivar lost: after ``stop``: uids of the experts that could not be saved at the end, and how many updates each has lost
     :raises ConfigError: no such directory, or a number that makes no sense
     """
 
     def __init__(
         self, experts: Experts, checkpoint_dir: str | os.PathLike[str], period_s: float = 60.0, keep_last: int = 3
     ):
-        self.experts, self.checkpoint_dir = experts, _existing_directory(checkpoint_dir)
+        self.checkpoint_dir = _existing_directory(checkpoint_dir)
         self.period_s, self.keep_last = period_s, keep_last
         check_positive(self, "period_s", "keep_last", allow_none=False)
         self.last_error: Exception | None = None
+        self.lost: dict[ExpertUID, int] = {}
         self._statistics = CheckpointStatistics()
+        self._lock = threading.Lock()
+        self._saved: dict[ExpertUID, _Saved] = {}
+        self._experts: Experts = {}
+        self._leaving: dict[ExpertUID, Checkpointable] = {}  # left out of these, and not saved yet
         self._stopping, self._save_at_stop = threading.Event(), False
         self._thread: threading.Thread | None = None
+        self.experts = experts
 
     def __repr__(self) -> str:
         state = "new" if self._thread is None else "saving" if self._thread.is_alive() else "stopped"
         return (
             f"CheckpointSaver({len(self.experts)} experts, {str(self.checkpoint_dir)!r}, {state}, {self._statistics})"
         )
+
+    @property
+    def experts(self) -> Experts:
+        """What is saved. An expert that is left out is saved once more, if it has learned something."""
+        return self._experts
+
+    @experts.setter
+    def experts(self, experts: Experts) -> None:
+        with self._lock:
+            for uid, expert in self._experts.items():
+                if uid not in experts and self._unsaved_updates(uid, expert):
+                    self._leaving[uid] = expert
+            self._experts = experts
+            for uid, expert in experts.items():
+                self._leaving.pop(uid, None)
+                self._know(uid, expert)
+            self._forget_others()
+
+    @property
+    def is_alive(self) -> bool:
+        """True from start until everything is saved after ``begin_stop``."""
+        return self._thread is not None and self._thread.is_alive()
 
     def statistics(self) -> CheckpointStatistics:
         """What was done so far."""
@@ -344,40 +486,142 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
+    def begin_stop(self, save: bool = True) -> None:
+        """Save every expert once more, in the background, and end. May be called more than once; the first time counts.
+
+        :param save: False: only end
+        """
+        with self._lock:
+            if not self._stopping.is_set():
+                self._save_at_stop = save
+                self._stopping.set()
+
     def stop(self, timeout_s: float | None = None, save: bool = True) -> None:
-        """End the thread. May be called again, and before start. A failure to save is logged, not raised.
+        """``begin_stop``, and wait for the end. May be called again, and before start.
+
+        What could not be saved is logged, and in ``lost``.
 
         :param timeout_s: longest wait; None: as long as it takes
         :param save: save every expert once more
         :raises LifecycleError: if it is still saving after timeout_s
         """
-        self._save_at_stop = save
-        self._stopping.set()
+        self.begin_stop(save)
         if self._thread is None:
             return
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            raise LifecycleError(f"{self!r} did not stop within {timeout_s} s")
+            with self._lock:
+                left = {uid: self._unsaved_updates(uid, expert) for uid, expert in self._all().items()}
+            self._give_up({uid: updates for uid, updates in left.items() if updates}, "the time to save them is over")
+            raise LifecycleError(f"{self!r} did not stop within {timeout_s:.3g} s")
+
+    def save_leaving(self, experts: Experts) -> None:
+        """Save experts that were left out of ``experts``, in the calling thread. If that fails, or the saver is stopped before
+        it is done, those that have something to lose are saved with the others.
+
+        :raises MoEError: as store_experts
+        """
+        with self._lock:
+            for uid, expert in experts.items():
+                self._know(uid, expert)
+        self._store(experts)
 
     def _run(self) -> None:
         new = {uid: expert for uid, expert in self.experts.items() if not _candidates(self.checkpoint_dir / uid)}
         if new:
-            self._save(new, interrupted=self._stopping.is_set)
+            self._save(new, self._stopping.is_set)
         while not self._stopping.wait(self.period_s):
-            self._save(self.experts, interrupted=self._stopping.is_set)
+            self._save(self._all(), self._stopping.is_set)
         if self._save_at_stop:
-            self._save(self.experts)
+            owed = self._all()
+            logger.info("saving %d experts", len(owed))
+            failed = self._save(owed)
+            self._give_up({uid: self._unsaved_updates(uid, owed[uid]) for uid in failed}, str(self.last_error))
 
-    def _save(self, experts: Experts, interrupted: Callable[[], bool] = lambda: False) -> None:
+    def _all(self) -> dict[ExpertUID, Checkpointable]:
+        return {**self._leaving, **self._experts}
+
+    def _know(self, uid: ExpertUID, expert: Checkpointable) -> None:
+        """Begin to count the updates of an expert that is as it was loaded, or made."""
+        self._saved.setdefault(uid, _Saved(_updates_of(expert), -math.inf))
+
+    def _forget_others(self) -> None:
+        """Of experts that have left, remember only those that are not saved yet."""
+        self._leaving = {uid: one for uid, one in self._leaving.items() if self._unsaved_updates(uid, one)}
+        for uid in self._saved.keys() - self._all().keys():
+            del self._saved[uid]
+
+    def _unsaved_updates(self, uid: ExpertUID, expert: Checkpointable) -> int:
+        saved = self._saved.get(uid)
+        return 0 if saved is None else abs(_updates_of(expert) - saved.updates)  # also of one that was set back
+
+    def _give_up(self, lost: dict[ExpertUID, int], reason: str) -> None:
+        self.lost = lost
+        if lost:
+            named = ", ".join(f"{uid} ({updates} updates)" for uid, updates in lost.items())
+            logger.error(
+                "%d experts are not saved, and what they have learned is lost: %s: %s", len(lost), named, reason
+            )
+
+    def _save(self, experts: Experts, interrupted: Callable[[], bool] = lambda: False) -> Collection[ExpertUID]:
+        """Save experts.
+
+        :returns: those that could not be saved, or were left out
+        """
         started_at = time.monotonic()
         was = self._statistics
+        left = set(experts)
         try:
-            store_experts(experts, self.checkpoint_dir, self.keep_last, interrupted=interrupted)
+            self._store(experts, interrupted, left.discard)
         except Exception as e:  # a full disk now is no reason not to try again later
             logger.error("saving experts failed: %s", e, exc_info=e.__cause__ or e)
             self.last_error, self._statistics = e, replace(was, failures=was.failures + 1)
-            return
+            return left
         self.last_error = None
         if not interrupted():
             duration_s = time.monotonic() - started_at
             self._statistics = CheckpointStatistics(was.saves + 1, was.failures, time.time(), duration_s)
+        return left
+
+    def _store(
+        self,
+        experts: Experts,
+        interrupted: Callable[[], bool] = lambda: False,
+        stored: Callable[[ExpertUID], None] = lambda uid: None,
+    ) -> None:
+        """Save experts, those first that would lose most, or were not saved for longest; last one that is training now."""
+
+        def urgency(uid: ExpertUID) -> tuple[bool, int, float]:
+            return _is_busy(experts[uid]), -self._unsaved_updates(uid, experts[uid]), self._saved[uid].at
+
+        def note(uid: ExpertUID, updates: int) -> None:
+            with self._lock:
+                if uid in self._saved:
+                    self._saved[uid] = _Saved(updates, time.monotonic())
+            stored(uid)
+
+        with self._lock:
+            known = (uid for uid in experts if uid in self._saved)  # others have left, and are saved
+            ordered = {uid: experts[uid] for uid in sorted(known, key=urgency)}
+        try:
+            store_experts(ordered, self.checkpoint_dir, self.keep_last, interrupted=interrupted, stored=note)
+        finally:
+            with self._lock:
+                self._forget_others()
+
+
+class _Saved(NamedTuple):
+    """What is on disk of an expert: after how many updates it was saved, and when (monotonic; -inf: not by us)."""
+
+    updates: int
+    at: float
+
+
+def _is_busy(expert: Checkpointable) -> bool:
+    """True if its state cannot be had at once: a batch runs."""
+    lock = getattr(expert, "step_lock", None)
+    if lock is None:
+        return False
+    if free := lock.acquire(blocking=False):
+        lock.release()
+    return not free

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 from moe.config import ServerConfig
+from moe.dht import check_uids
 from moe.errors import CallTimeout, ConfigError, LifecycleError, MoEError
 from moe.expert_uid import ExpertUID
-from moe.server.checkpoints import CheckpointSaver, store_experts
+from moe.server.checkpoints import CheckpointSaver
 from moe.server.connection_handler import ConnectionHandler, Traffic
 from moe.server.expert_backend import ExpertBackend
 from moe.server.runtime import Runtime
@@ -99,6 +100,7 @@ class Hosting:
     def add(self, backends: Mapping[ExpertUID, ExpertBackend], timeout_s: float | None = None) -> None:
         """See Server.add_backends."""
         new = dict(backends)
+        check_uids(new)
         for uid, backend in new.items():
             if uid != backend.name:
                 raise ConfigError(f"the backend given as {uid!r} is named {backend.name!r}")
@@ -144,7 +146,8 @@ class Hosting:
                     )
             self._await_quiet(leaving, quiet_s, time.monotonic() + timeout_s)
             self._in_loop(lambda: self.handler.drop(leaving))
-            limit_s = self.handler.config.request_timeout_s + 1.0  # by then the last request has had its answer
+            # by then the last request has had its answer, or is told to go elsewhere
+            limit_s = min(self.handler.config.request_timeout_s + 1.0, self.config.drain_timeout_s)
             self._await_quiet(leaving, 0.0, time.monotonic() + limit_s)
         finally:
             self._drop(leaving)
@@ -159,9 +162,9 @@ class Hosting:
                 self.runtime.remove(uids)
         if self.saver is not None:
             try:
-                store_experts(dropped, self.saver.checkpoint_dir, self.saver.keep_last)
+                self.saver.save_leaving(dropped)
             except MoEError as e:
-                logger.error("what experts that leave have learned since they were last saved is lost: %s", e)
+                logger.error("experts that leave are not saved yet: %s", e)
 
     def _await_visible(self, announcer: Announcing, uids: Collection[ExpertUID], deadline: float) -> None:
         while not announcer.are_visible(uids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -579,3 +580,206 @@ def test_saver_finds_out_at_start_that_it_cannot_write(tmp_path: Path) -> None:
     saver = CheckpointSaver({"ffn.0": Backend()}, tmp_path)
     with pytest.raises(ConfigError, match=r"cannot write in .*ffn\.0"):
         saver.start()
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+def poison_parameter(backend: Backend) -> None:
+    next(backend.module.parameters()).data.view(-1)[3] = float("nan")
+
+
+def poison_with_infinity(backend: Backend) -> None:
+    next(backend.module.parameters()).data.view(-1)[0] = -float("inf")
+
+
+def poison_optimizer(backend: Backend) -> None:
+    next(iter(backend.optimizer.state.values()))["exp_avg_sq"].view(-1)[-1] = float("inf")
+
+
+poisons = pytest.mark.parametrize("poison", [poison_parameter, poison_with_infinity, poison_optimizer])
+
+
+def finite(path: Path) -> bool:
+    state = torch.load(path)
+    return bool(state["moe"]["finite"]) and checkpoints._non_finite_tensor(state, Backend()) is None
+
+
+@poisons
+def test_the_last_finite_checkpoint_is_kept_and_loaded(
+    tmp_path: Path, poison: Callable[[Backend], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, folder = Backend().train(1), tmp_path / "ffn.0"
+    for i in range(4):
+        store_experts({"ffn.0": backend.train(1)}, tmp_path, keep_last=2, now=NOON + i)
+    poison(backend)
+    for i in range(4, 9):
+        backend.updates += 1
+        store_experts({"ffn.0": backend}, tmp_path, keep_last=2, now=NOON + i)
+        assert [finite(path) for path in dated(folder)] == [True, *[False] * min(i - 3, 2)]
+        assert updates_saved(tmp_path) == 5
+    assert "is not finite any more" in caplog.text
+    fresh, theirs = Backend(), make_stock_backend()
+    assert load_experts({"ffn.0": fresh}, tmp_path) == ["ffn.0"] and fresh.updates == 5
+    stock.load_experts({"ffn.0": theirs}, tmp_path)  # hivemind loads the last one, which is finite
+    assert all(tensor.isfinite().all() for tensor in weights(theirs))
+    store_experts({"ffn.0": fresh.train(1)}, tmp_path, keep_last=2, now=NOON + 20)
+    assert updates_saved(tmp_path) == 6 and len(dated(folder)) == 2
+
+
+@poisons
+def test_a_restart_passes_over_what_is_not_finite(tmp_path: Path, poison: Callable[[Backend], None]) -> None:
+    """Also if somebody else has called it the last one, or there is none that is called so."""
+    backend, last = Backend(), tmp_path / "ffn.0" / "checkpoint_last.pt"
+    store_experts({"ffn.0": backend.train(2)}, tmp_path, now=NOON)
+    poison(backend.train(1))
+    store_experts({"ffn.0": backend}, tmp_path, now=NOON + 1)
+    for prepare in (last.unlink, lambda: os.link(dated(last.parent)[-1], last)):
+        prepare()
+        assert load_experts({"ffn.0": (fresh := Backend())}, tmp_path) == ["ffn.0"]
+        assert fresh.updates == 2
+
+
+def test_if_none_is_finite_the_last_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backend = Backend()
+    poison_parameter(backend)
+    for i in range(4):
+        backend.updates = i
+        store_experts({"ffn.0": backend}, tmp_path, keep_last=2, now=NOON + i)
+    assert len(dated(tmp_path / "ffn.0")) == 2 and updates_saved(tmp_path) == 3
+    load_experts({"ffn.0": (fresh := Backend())}, tmp_path)
+    assert fresh.updates == 3 and "none of its checkpoints is finite" in caplog.text
+
+
+def test_checkpoints_of_hivemind_count_as_what_they_are(tmp_path: Path) -> None:
+    """They do not say whether they are finite."""
+    theirs, ours = make_stock_backend(), Backend()
+    stock.store_experts({"ffn.0": theirs}, tmp_path)
+    poison_parameter(ours)
+    for i in range(3):
+        store_experts({"ffn.0": ours}, tmp_path, keep_last=1, now=NOON + 1e9 + i)
+    assert len(dated(tmp_path / "ffn.0")) == 2
+    load_experts({"ffn.0": (fresh := Backend())}, tmp_path)
+    assert same(weights(fresh), weights(theirs))
+
+
+class Masked(torch.nn.Module):
+    """With an infinity that is meant to be there."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2, dtype=dtype)
+        self.register_buffer("mask", torch.full((2, 2), float("-inf"), dtype=dtype).triu(1))
+        self.register_buffer("running", torch.zeros(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_infinities_of_buffers_do_not_count_but_what_is_no_number_does(dtype: torch.dtype) -> None:
+    expert: Any = type("Expert", (), {"module": Masked(dtype)})()
+
+    def problem() -> str | None:
+        extras = {"optimizer": {"state": {0: {"step": torch.tensor(3), "empty": torch.empty(0, dtype=dtype)}}}}
+        return checkpoints._non_finite_tensor({"module": expert.module.state_dict(), **extras, "moe": {}}, expert)
+
+    assert problem() is None
+    expert.module.running[1] = float("nan")
+    assert problem() == "module.running"
+    expert.module.running[1] = 0.0
+    expert.module.linear.bias.data[0] = float("inf")
+    assert problem() == "module.linear.bias"
+
+
+# --- the last save ----------------------------------------------------------------------------------------------------
+
+
+class Recorded(Backend):
+    """Says when it is saved; may take its time."""
+
+    saved: list[str]
+    go_on: threading.Event | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self.saved.append(self.name)
+        if self.go_on is not None:
+            assert self.go_on.wait(GENEROUS_S)
+        return super().state_dict()
+
+
+def recorded(*uids: str) -> tuple[dict[str, Recorded], list[str]]:
+    experts, saved = {uid: Recorded(uid) for uid in uids}, list[str]()
+    for expert in experts.values():
+        expert.saved = saved
+    return experts, saved
+
+
+def test_those_that_would_lose_most_are_saved_first_and_one_that_is_busy_last(tmp_path: Path) -> None:
+    experts, saved = recorded("ffn.0", "ffn.1", "ffn.2", "ffn.3")
+    saver = CheckpointSaver(experts, tmp_path, period_s=3600)
+    saver.start()
+    wait_until(lambda: saver.statistics().saves == 1)
+    saved.clear()
+    experts["ffn.1"].train(1)
+    experts["ffn.2"].train(3)
+    experts["ffn.3"].train(5)
+    lock = experts["ffn.3"].step_lock = threading.RLock()  # type: ignore[attr-defined]
+    with lock:  # a batch runs
+        saver.begin_stop()
+        wait_until(lambda: len(saved) == 4)
+    saver.stop(GENEROUS_S)
+    assert saved == ["ffn.2", "ffn.1", "ffn.0", "ffn.3"]
+    assert saver.lost == {}
+
+
+def test_when_the_time_is_over_it_is_said_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    experts, _ = recorded("ffn.0", "ffn.1", "ffn.2")
+    saver = CheckpointSaver(experts, tmp_path, period_s=3600)
+    saver.start()
+    wait_until(lambda: saver.statistics().saves == 1)
+    experts["ffn.0"].train(2)
+    experts["ffn.1"].train(1)
+    experts["ffn.1"].go_on = threading.Event()
+    saver.begin_stop()
+    wait_until(lambda: updates_saved(tmp_path, "ffn.0") == 2)
+    with pytest.raises(LifecycleError, match=r"did not stop within 0\.01 s"):
+        saver.stop(0.01)
+    assert saver.lost == {"ffn.1": 1}  # ffn.2 has learned nothing
+    assert "ffn.1 (1 updates)" in caplog.text and saver.is_alive
+    experts["ffn.1"].go_on.set()
+    saver.stop(GENEROUS_S)
+    assert saver.lost == {} and updates_saved(tmp_path, "ffn.1") == 1 and not saver.is_alive
+
+
+def test_what_cannot_be_written_at_the_end_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    experts = {"ffn.0": Backend("ffn.0"), "ffn.1": Backend("ffn.1")}
+    saver = CheckpointSaver(experts, tmp_path, period_s=3600)
+    saver.start()
+    wait_until(lambda: saver.statistics().saves == 1)
+    for expert in experts.values():
+        expert.train(4)
+    shutil.rmtree(tmp_path / "ffn.1")
+    (tmp_path / "ffn.1").touch()
+    saver.stop(GENEROUS_S)
+    assert saver.lost == {"ffn.1": 4} and updates_saved(tmp_path, "ffn.0") == 4
+    assert "ffn.1 (4 updates)" in caplog.text
+    saver = CheckpointSaver({"ffn.0": experts["ffn.0"]}, tmp_path, period_s=3600)
+    saver.start()
+    experts["ffn.0"].train(1)
+    shutil.rmtree(tmp_path)
+    saver.stop(GENEROUS_S)
+    assert saver.lost == {"ffn.0": 1}
+
+
+def test_experts_that_are_left_out_are_saved_until_nothing_of_them_can_be_lost(tmp_path: Path) -> None:
+    experts = {"ffn.0": Backend("ffn.0"), "ffn.1": Backend("ffn.1"), "ffn.2": Backend("ffn.2")}
+    saver = CheckpointSaver(experts, tmp_path, period_s=3600)
+    saver.start()
+    wait_until(lambda: saver.statistics().saves == 1)
+    experts["ffn.1"].train(2)
+    experts["ffn.2"].train(3)
+    saver.experts = {"ffn.0": experts["ffn.0"]}
+    (tmp_path / "ffn.1" / "checkpoint_last.pt").unlink()
+    saver.save_leaving({"ffn.1": experts["ffn.1"]})
+    assert updates_saved(tmp_path, "ffn.1") == 2 and updates_saved(tmp_path, "ffn.2") == 0
+    saver.stop(GENEROUS_S)
+    assert updates_saved(tmp_path, "ffn.2") == 3
+    assert not saver._leaving and list(saver._saved) == ["ffn.0"]
