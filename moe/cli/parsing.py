@@ -352,6 +352,12 @@ def build_server_parser() -> Parser:
     group = parser.add_argument_group("process")
     add = group.add_argument
     add("--stats_report_interval", type=positive_float, help="seconds between reports of served rows (default: none)")
+    add(
+        "--stop_timeout",
+        type=positive_float,
+        help="with checkpoint_dir: most seconds to save the experts in when told to stop (default: "
+        f"{ServerConfig.stop_timeout_s:g})",
+    )
     add("--increase_file_limit", action="store_true", help="raise the limit of open files as far as the system lets us")
     return parser
 
@@ -533,6 +539,6 @@ def _settings_without_effect(options: argparse.Namespace) -> Iterable[str]:
     elif options.scheduler not in DECAYING_SCHEDULERS and options.num_training_steps is not None:
         yield f"num_training_steps has no effect with scheduler '{options.scheduler}'"
     if options.checkpoint_dir is None:
-        for name in ("checkpoint_period", "keep_checkpoints"):
+        for name in ("checkpoint_period", "keep_checkpoints", "stop_timeout"):
             if getattr(options, name) is not None:
                 yield f"{name} has no effect without checkpoint_dir"

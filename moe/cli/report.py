@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from moe.cli.display import cell
 from moe.server.stats import ServerRates, ServerStatistics, served_rates
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def statistics_table(statistics: ServerStatistics, rates: ServerRates) -> Table:
     rows += [(uid, statistics.experts[uid], rates.experts[uid]) for uid in sorted(statistics.experts)]
     for name, counters, speed in rows:
         table.add_row(
-            name,
+            cell(name),
             f"{speed.forward_rows_per_s:.1f}",
             f"{speed.backward_rows_per_s:.1f}",
             str(counters.rows),

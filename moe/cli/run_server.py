@@ -3,9 +3,9 @@
 Owns: the order of things in a server process (check, start, say where it is, watch, stop) and its exit codes. Must not
 know: how a server works. torch and hivemind are imported only once the command line is known to be good.
 
-Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, or only measured; 1 could not start, or failed later; 2 bad usage. The
-only thing on stdout is one line: ``--initial_peers ...`` for others to join with, or what was measured; everything else
-goes to stderr.
+Exit codes: 0 stopped by SIGINT, SIGTERM or SIGHUP, or only measured; 1 could not start, failed later, or could not save all
+that was learned; 2 bad usage. The only thing on stdout is one line: ``--initial_peers ...`` for others to join with, or what
+was measured; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moe.cli.display import PlainFormatter
 from moe.cli.parsing import parse_server_options
 from moe.cli.stopping import StopRequested, StopSignals, end_children, leave
 from moe.config import ServerConfig
@@ -57,6 +58,12 @@ class RunningServer(Protocol):
     @property
     def failure(self) -> BaseException | None: ...
 
+    @property
+    def is_saving(self) -> bool: ...
+
+    @property
+    def lost(self) -> Mapping[str, int]: ...
+
     def wait(self, timeout: float) -> bool:
         """True once the server has stopped or failed."""
         ...
@@ -75,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     :returns: exit code, if it was told to stop before there was a server
     :raises SystemExit: with code 2, if the arguments are bad
     """
-    logging.basicConfig(format="%(asctime)s.%(msecs)03d [%(levelname)s] %(message)s", datefmt="%b %d %H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(asctime)s.%(msecs)03d [%(levelname)s] %(message)s", "%b %d %H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("moe").setLevel(logging.INFO)
     signals = StopSignals()
     signals.install()  # for good: the process ends with this function
@@ -105,22 +114,28 @@ def run(
             print(measure_only(options), flush=True)
             return 0
         server = (start or start_server)(options)
-        announce(server, options.peers_file, peers_line)
-        watch(server, options.stats_report_interval)
+        if not signals.requested:  # code that swallows every exception may have swallowed the request
+            announce(server, options.peers_file, peers_line)
+            watch(server, options.stats_report_interval, lambda: signals.requested)
         if server.failure is not None:
             logger.error("the server failed: %s", _describe(server.failure))
-            code = 1
     except StopRequested as request:
         logger.info("%s, stopping", request)
     except Exception as e:
-        expected = isinstance(e, (MoEError, OSError))
-        logger.error("the server could not %s: %s", "go on" if server else "start", _describe(e), exc_info=not expected)
-        code = 1
+        if not signals.requested:  # an import that is interrupted fails in any way it likes
+            expected = isinstance(e, (MoEError, OSError))
+            what = "go on" if server else "start"
+            logger.error("the server could not %s: %s", what, _describe(e), exc_info=not expected)
+            code = 1
     finally:
-        signals.begin_stop()
+        signals.begin_stop(lambda: server is not None and server.is_saving)
         if not stop(server):
-            code = code or 1
-    return code
+            code = 1
+    if server is None:
+        return code
+    # whoever tells all processes of a server to stop may tell others first, which is a failure to the server
+    failed = server.failure is not None and not signals.requested
+    return 1 if failed or server.lost else code
 
 
 def start_server(options: argparse.Namespace) -> RunningServer:
@@ -133,7 +148,7 @@ def start_server(options: argparse.Namespace) -> RunningServer:
     if options.checkpoint_dir is not None:
         options.checkpoint_dir.mkdir(exist_ok=True)
 
-    set_torch_environment()
+    set_torch_environment()  # before the import
     import torch
 
     from moe.server.server import Server
@@ -182,6 +197,7 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "compression": Compression[options.compression],
         "checkpoint_period_s": options.checkpoint_period or ServerConfig.checkpoint_period_s,
         "keep_checkpoints": options.keep_checkpoints or ServerConfig.keep_checkpoints,
+        "stop_timeout_s": options.stop_timeout or ServerConfig.stop_timeout_s,
         "request_timeout_s": options.request_timeout,
         "held_max_bytes": options.held_bytes,
         "balance_period_s": options.balance_period,
@@ -192,10 +208,11 @@ def create_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_only(options: argparse.Namespace) -> str:
-    """Make one expert as a server would, in a swarm of its own, and say what it was measured at. Nothing is remembered.
+    """Make experts as a server would, in a swarm of its own, and say what one was measured at. Nothing is remembered.
 
     :raises Exception: whatever keeps it from being made or measured
     """
+    set_torch_environment()  # before the import
     import torch
 
     from moe.dht import stop_dht
@@ -204,6 +221,8 @@ def measure_only(options: argparse.Namespace) -> str:
 
     if options.torch_threads is not None:
         torch.set_num_threads(options.torch_threads)
+    if options.checkpoint_dir is not None and not options.checkpoint_dir.exists():
+        options.checkpoint_dir = None
     arguments = create_arguments(options)
     parts = assemble(**{**arguments, **ALONE, "throughput": None})
     try:
@@ -213,7 +232,10 @@ def measure_only(options: argparse.Namespace) -> str:
     finally:
         stop_dht(parts.dht)
     num_blocks = 1 if parts.server_options["blocks"] is None else len(parts.backends)
-    return f"{measured}; to be announced: {measured.served_rows_per_s(num_blocks):.1f} rows/s"
+    served = f"{measured}; to be announced: {measured.served_rows_per_s(num_blocks):.1f} rows/s"
+    if options.use_auto_relay:
+        served += f", through a relay {measured.served_rows_per_s(num_blocks, relayed=True):.1f}"
+    return served
 
 
 def announce(server: RunningServer, peers_file: Path | None, peers_line: Callable[[Any], str] | None = None) -> None:
@@ -231,17 +253,19 @@ def announce(server: RunningServer, peers_file: Path | None, peers_line: Callabl
         unfinished.replace(peers_file)
 
 
-def watch(server: RunningServer, stats_report_interval_s: float | None) -> None:
-    """Wait until the server has stopped or failed, and report what it serves meanwhile."""
+def watch(
+    server: RunningServer, stats_report_interval_s: float | None, told_to_stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Wait until the server has stopped or failed or is to stop, and report what it serves meanwhile."""
     if stats_report_interval_s is None:
-        while not server.wait(CHECK_PERIOD_S):
+        while not told_to_stop() and not server.wait(CHECK_PERIOD_S):
             pass
         return
 
     from moe.cli.report import Reporter
 
     with Reporter() as reporter:
-        while not server.wait(stats_report_interval_s):
+        while not told_to_stop() and not server.wait(stats_report_interval_s):
             reporter.report(server.statistics())
 
 

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe.cli.display import PlainFormatter, cell, printable
 from moe.cli.parsing import Parser, peer_multiaddr, positive_float
 from moe.errors import MoEError
 from moe.expert_uid import UID_DELIMITER, coordinates
@@ -46,12 +47,14 @@ def main(
     :returns: exit code
     :raises SystemExit: with code 2, if the arguments are bad
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     options = parse_status_options(argv)
     try:
         servers, now = (fetch or fetch_servers)(options.initial_peers, options.timeout)
     except MoEError as e:
-        print(f"cannot reach the swarm: {e}", file=sys.stderr)
+        print(f"cannot reach the swarm: {printable(str(e))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -150,11 +153,11 @@ def print_tables(status: dict[str, Any], console: Console) -> None:
         servers.add_column(name, justify="right")
     for server in status["servers"]:
         servers.add_row(
-            server["peer_id"],
+            cell(server["peer_id"]),
             _yes_or_no(server["alive"]),
-            server["state"],
-            server["version"],
-            f"{server['device']} {server['dtype']}",
+            cell(server["state"]),
+            cell(server["version"]),
+            cell(f"{server['device']} {server['dtype']}"),
             f"{server['throughput_rows_per_s']:.1f}",
             str(server["pending_tasks"]),
             str(len(server["experts"])),
@@ -163,7 +166,7 @@ def print_tables(status: dict[str, Any], console: Console) -> None:
     for name in ("expert", "alive", "servers"):
         experts.add_column(name, overflow="fold")
     for expert in status["experts"]:
-        experts.add_row(expert["uid"], _yes_or_no(expert["alive"]), ", ".join(expert["servers"]))
+        experts.add_row(cell(expert["uid"]), _yes_or_no(expert["alive"]), cell(", ".join(expert["servers"])))
     console.print(servers, experts)
 
 

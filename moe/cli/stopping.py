@@ -17,12 +17,16 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, NoReturn
 
 logger = logging.getLogger(__name__)
 
 STOP_WITHIN_S = 4.5  # after this the hard way; ours: a process told to stop is promised to be gone in 5 s
+_ONE_ORDER_S = 0.1  # copies of a signal this close are one order: timeout(1) signals a process, then its whole group
+_LOOK_S = 0.1  # how often the deadline looks whether something is still being saved
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -40,7 +44,7 @@ class StopSignals:
     After ``begin_stop`` nothing is raised any more, and the process ends the hard way if it is still there
     ``stop_within_s`` later. A signal that was ignored from the start (nohup) stays ignored.
 
-    :param stop_within_s: time for a graceful stop
+    :param stop_within_s: time for a graceful stop, without the time in which something is saved
     """
 
     _active: ClassVar[StopSignals | None] = None
@@ -48,10 +52,16 @@ class StopSignals:
 
     def __init__(self, stop_within_s: float = STOP_WITHIN_S):
         self.stop_within_s = stop_within_s
-        self._seen: set[int] = set()
+        self._seen: dict[int, float] = {}  # when each signal came first
         self._stopping = False
         self._previous: dict[int, Any] = {}
-        self._deadline: threading.Timer | None = None
+        self._deadline: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was told to stop."""
+        return bool(self._seen)
 
     def __enter__(self) -> StopSignals:
         self.install()
@@ -75,18 +85,21 @@ class StopSignals:
     def uninstall(self) -> None:
         """Give the signals back and forget the deadline."""
         StopSignals._active = None
+        self._ended.set()
         if self._deadline is not None:
-            self._deadline.cancel()
             self._deadline.join()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
-    def begin_stop(self) -> None:
-        """From here on the process is ending: raise nothing any more and start the clock."""
+    def begin_stop(self, saving: Callable[[], bool] = lambda: False) -> None:
+        """From here on the process is ending: raise nothing any more and start the clock.
+
+        :param saving: True while something is being saved; the clock stands still then. Has to end by itself
+        """
         self._stopping = True
-        self._deadline = threading.Timer(self.stop_within_s, self._on_deadline)
-        self._deadline.name, self._deadline.daemon = "moe-stop-deadline", True
+        self._deadline = threading.Thread(target=self._end_in_time, args=(saving,), name="moe-stop-deadline")
+        self._deadline.daemon = True
         self._deadline.start()
 
     def prepare_child(self) -> None:
@@ -96,15 +109,27 @@ class StopSignals:
         os.setpgid(0, 0)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number in self._seen:
+        now = time.monotonic()
+        if now - self._seen.setdefault(number, now) > _ONE_ORDER_S:
             os.write(2, b"told to stop twice, leaving at once\n")  # print() is not safe in a signal handler
             end_now(128 + number)
-        self._seen.add(number)
         if not self._stopping:
             self._stopping = True
             raise StopRequested(number)
 
-    def _on_deadline(self) -> None:
+    def _end_in_time(self, saving: Callable[[], bool]) -> None:
+        left_s = self.stop_within_s
+        while left_s > 0:
+            look_s = min(_LOOK_S, left_s)
+            if self._ended.wait(look_s):
+                return
+            try:
+                stands_still = saving()
+            except Exception:  # this clock is the last resort: nothing may stop it for good
+                logger.exception("cannot tell whether something is being saved")
+                stands_still = False
+            if not stands_still:
+                left_s -= look_s
         logger.error("still not stopped after %.1f s, leaving at once", self.stop_within_s)
         end_now(1)
 

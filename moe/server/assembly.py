@@ -72,7 +72,7 @@ def assemble(
     compression: int = Compression.NONE,
     stats_report_interval: float | None = None,
     custom_module_path: str | Path | None = None,
-    update_period: float = 30,
+    update_period: float | None = None,
     expiration: float | None = None,
     *,
     model_path: str | Path | None = None,
@@ -87,6 +87,7 @@ def assemble(
     accumulate_steps: int = 1,
     checkpoint_period_s: float | None = None,
     keep_checkpoints: int | None = None,
+    stop_timeout_s: float | None = None,
     detect_anomalies: bool = False,
     request_timeout_s: float | None = None,
     held_max_bytes: int | None = None,
@@ -120,7 +121,7 @@ def assemble(
     :param compression: codec of all floating-point inputs, outputs and gradients
     :param stats_report_interval: seconds between reports of served rows
     :param custom_module_path: a file that registers expert classes
-    :param update_period: seconds between announcements
+    :param update_period: seconds between announcements; default: that of ``config``, 30
     :param expiration: seconds an announcement lives
     :param model_path: folder with a pretrained Hugging Face model whose blocks are hosted, instead of ``expert_cls``
     :param block_indices: ``"FIRST:END"``: host these blocks of a model; instead of ``num_experts`` and ``expert_uids``.
@@ -134,7 +135,10 @@ def assemble(
     :param balance_quality: when to move; with ``balance_period_s``, see ServerConfig
     :param throughput: rows per second the server says it can serve; "auto": measured once for each kind of expert on this
         machine; "eval": measured now; None: it does not say
-    :param held_max_bytes: see HandlerConfig; of one peer a fourth
+    :param stop_timeout_s: see ServerConfig, as for the other settings of these names
+    :param held_max_bytes: see HandlerConfig; of one peer a fourth, unless ``handler_config`` says otherwise
+    :param handler_config: what is accepted from the network; single settings above win over it
+    :param config: periods and timeouts; likewise
     :param direct: offer direct links next to libp2p; with ``direct_port`` and ``direct_hosts``, see ServerConfig
     :param dht_options: forwarded to hivemind's DHT and P2P
     :raises ConfigError: wrong or contradicting settings; nothing was started
@@ -170,7 +174,9 @@ def assemble(
         handler_config or HandlerConfig(),
         request_timeout_s=request_timeout_s,
         held_max_bytes=held_max_bytes,
-        held_max_bytes_per_peer=None if held_max_bytes is None else max(1, held_max_bytes // 4),
+        held_max_bytes_per_peer=(
+            None if held_max_bytes is None or handler_config is not None else max(1, held_max_bytes // 4)
+        ),
     )
     server_config = replace_known(
         config or ServerConfig(),
@@ -179,6 +185,7 @@ def assemble(
         stats_report_interval_s=stats_report_interval,
         checkpoint_period_s=checkpoint_period_s,
         keep_checkpoints=keep_checkpoints,
+        stop_timeout_s=stop_timeout_s,
         direct=direct,
         direct_port=direct_port,
         direct_hosts=None if direct_hosts is None else tuple(direct_hosts),

@@ -10,11 +10,14 @@ import contextlib
 import importlib
 import logging
 import multiprocessing
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from moe.config import ServerConfig
 from moe.dht import PeerInfo, visible_peer
 from moe.errors import LifecycleError
 from moe.server.layers import name_to_block
@@ -34,7 +37,8 @@ def background_server(
     Arguments must be picklable. As with every spawned process, a script that calls this needs an
     ``if __name__ == "__main__":`` guard.
 
-    :param shutdown_timeout: seconds for a graceful stop before the process is killed
+    :param shutdown_timeout: seconds for a graceful stop before the process is killed, apart from saving: with a
+        ``checkpoint_dir``, a server has ``stop_timeout_s`` for that
     :param start_timeout: seconds until the server must be ready
     :returns: the server's peer id and addresses
     :raises LifecycleError: (a RuntimeError) "Server failed to start: ..." with the cause; also when the process just dies
@@ -50,13 +54,20 @@ def background_server(
     finally:
         with contextlib.suppress(OSError):
             ours.send(_SHUTDOWN)
-        process.join(shutdown_timeout)
+        process.join(shutdown_timeout + _may_save_s(kwargs))
         if process.is_alive():
             logger.warning("the background server did not stop within %s s; killing it", shutdown_timeout)
             process.kill()
             process.join()
         ours.close()
         process.close()
+
+
+def _may_save_s(options: dict[str, Any]) -> float:
+    if options.get("checkpoint_dir") is None:
+        return 0.0
+    config: ServerConfig = options.get("config") or ServerConfig()
+    return float(options.get("stop_timeout_s") or config.stop_timeout_s)
 
 
 def _await_start(pipe: Connection, process: Any, timeout_s: float) -> PeerInfo:
@@ -78,6 +89,9 @@ def _await_start(pipe: Connection, process: Any, timeout_s: float) -> PeerInfo:
 
 def _serve(pipe: Connection, modules: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The child: serve until told to stop, or the parent is gone."""
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # not only the parent may say so
+        signal.signal(number, lambda *_: stopping.set())
     try:
         for module in modules:  # expert classes that the parent has registered
             with contextlib.suppress(ImportError):
@@ -90,8 +104,8 @@ def _serve(pipe: Connection, modules: list[str], args: tuple[Any, ...], kwargs: 
         sys.exit(1)
     try:
         pipe.send((True, peer))
-        while not server.wait(0.05) and not pipe.poll(0.2):
+        while not stopping.is_set() and not server.wait(0.05) and not pipe.poll(0.2):
             pass
     finally:
         server.shutdown()
-    sys.exit(1 if server.failure is not None else 0)
+    sys.exit(1 if server.lost or (server.failure is not None and not stopping.is_set()) else 0)

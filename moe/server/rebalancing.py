@@ -192,6 +192,7 @@ class Rebalancer:
     :param rows_per_s: what this server can serve
     :param balance_quality: see ``plan_move``
     :param period_s: mean time between two looks; the time is random, so that servers do not all decide at once
+    :param stopping: set when the server stops; then nothing is looked at any more
     :ivar place: blocks hosted now
     :ivar moves: finished so far
     """
@@ -207,11 +208,12 @@ class Rebalancer:
         balance_quality: float,
         period_s: float,
         rng: random.Random | None = None,
+        stopping: threading.Event | None = None,
     ):
         self.source, self.place, self.moves = source, place, 0
         self._host, self._swarm, self._rows_per_s = host, swarm, rows_per_s
         self._balance_quality, self._period_s, self._rng = balance_quality, period_s, rng or random.Random()
-        self._stopping = threading.Event()
+        self._stopping = stopping or threading.Event()
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:

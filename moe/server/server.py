@@ -12,6 +12,7 @@ import gc
 import inspect
 import logging
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from moe.config import HandlerConfig, ServerConfig, replace_known
-from moe.dht import DHT, Announcer, ServerInfo, resolve_p2p, stop_dht, visible_addresses
+from moe.dht import DHT, Announcer, ServerInfo, check_uids, resolve_p2p, stop_dht, visible_addresses
 from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
 from moe.server.assembly import ServerParts, assemble
 from moe.server.blocks import BlockSource
@@ -43,6 +44,12 @@ logger = logging.getLogger(__name__)
 _Create = TypeVar("_Create", bound=Callable[..., Any])
 
 RELAYED = "p2p-circuit"  # in the address of a peer that is reached through another one
+_FAMILIES = {
+    **dict.fromkeys(("ip4", "dns4"), socket.AF_INET),
+    **dict.fromkeys(("ip6", "dns6"), socket.AF_INET6),
+    **dict.fromkeys(("dns", "dnsaddr"), socket.AF_UNSPEC),
+}
+_DEFAULT_HOST_MADDRS = ("/ip4/127.0.0.1/tcp/0",)  # hivemind's
 _WATCH_PERIOD_S = 0.25  # how often a running server looks after its parts
 
 
@@ -83,7 +90,9 @@ class Server:
     :param throughput: what the server says it can serve: rows per second, or what was measured; None: nothing
     :param blocks: the experts are consecutive blocks of this model; unless ``config.balance_quality`` is 0, the server goes
         where the swarm needs it most
-    :raises ConfigError: contradicting settings
+    :ivar failure: why the server has stopped by itself; None: it has not
+    :ivar lost: after the stop: uids of experts that could not be saved, and how many updates each has lost
+    :raises ConfigError: contradicting settings, or an expert whose uid is none
     """
 
     def __init__(
@@ -111,6 +120,7 @@ class Server:
         backends = expert_backends if expert_backends is not None else module_backends
         if backends is None or (expert_backends is not None and module_backends is not None):
             raise ConfigError("a Server takes the experts it hosts, once: expert_backends={uid: backend}")
+        check_uids(backends)
         self.config: ServerConfig = replace_known(
             config or ServerConfig(),
             update_period_s=update_period,
@@ -145,7 +155,10 @@ class Server:
         self._libp2p: LibP2PServer | None = None
         self._cut_off = False  # the DHT process or its libp2p daemon has died: nobody can be told anything any more
         self._started_at = 0.0
+        self.lost: dict[str, int] = {}
+        self._save_until = math.inf  # monotonic; set when the server begins to stop
         self._throughput, self._num_blocks = throughput, len(backends) if blocks is not None else 1
+        self._away = False  # callers are sent elsewhere, because a batch runs for too long
         self._moving = "", ""  # which blocks the server is about to leave, and to host
         self._announcer: Announcer | None = None
         self.rebalancer = None if blocks is None or not self.config.balance_quality else self._make_rebalancer(blocks)
@@ -166,6 +179,7 @@ class Server:
             return cls(parts.dht, parts.backends, start=start, **parts.server_options)
         except BaseException:
             stop_dht(parts.dht)
+            gc.unfreeze()  # see assembly
             raise
 
     @property
@@ -254,9 +268,15 @@ class Server:
 
     def _start_checkpoints(self) -> None:
         if self.checkpoint_saver is not None:
-            saver = self.checkpoint_saver
-            self._undo.append(("checkpoints", lambda: saver.stop(self.config.shutdown_timeout_s, save=True)))
-            saver.start()
+            self._undo.append(("checkpoints", self._finish_saving))
+            self.checkpoint_saver.start()
+
+    def _finish_saving(self) -> None:
+        assert self.checkpoint_saver is not None
+        try:
+            self.checkpoint_saver.stop(max(0.0, self._save_until - time.monotonic()))
+        finally:
+            self.lost = dict(self.checkpoint_saver.lost)
 
     def _start_network(self) -> None:
         daemon_maddr = resolve_p2p(self.dht, self.config.start_timeout_s)
@@ -265,8 +285,9 @@ class Server:
         self._hosting.loop = loop
         issue_ticket = None
         if self.config.direct:
-            hosts = self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))
-            direct = DirectServer(self.handler, self.config.direct_port, hosts)
+            listening = listen_hosts(self.dht)
+            hosts = (self.config.direct_hosts or _hosts_of(visible_addresses(self.dht))) if listening else ()
+            direct = DirectServer(self.handler, self.config.direct_port, hosts, listening)
             self._undo.append(("the direct link", lambda: loop.run(direct.stop(), self.config.shutdown_timeout_s)))
             loop.run(direct.start(), self.config.start_timeout_s)
             issue_ticket = direct.ticket
@@ -275,10 +296,14 @@ class Server:
         loop.run(transport.start(), self.config.start_timeout_s)
 
     def _start_runtime(self) -> None:
+        if self.checkpoint_saver is not None:  # as soon as nothing is learned any more
+            self._undo.append(("what was learned", self.checkpoint_saver.begin_stop))
         self._undo.append(("the Runtime", lambda: self.runtime.shutdown(self.config.shutdown_timeout_s / 2)))
         self.runtime.start(on_failure=lambda error: self._stop_requested.set())
 
     def _start_announcing(self) -> None:
+        if self.rebalancer is not None:  # stopped after the announcements: they are what callers see
+            self._undo.append(("rebalancing", self.rebalancer.stop))
         announcer = Announcer(
             self.dht,
             list(self.expert_backends),
@@ -288,7 +313,7 @@ class Server:
         )
         announcer.start()
         self._hosting.announcer = self._announcer = announcer
-        self._undo.append(("announcements", lambda: announcer.stop(retract=not self._cut_off, timeout_s=3.0)))
+        self._undo.append(("announcements", lambda: announcer.stop(timeout_s=3.0)))
 
     def _announcement(self) -> ServerInfo:
         modules = (backend.module for backend in self.expert_backends.values())
@@ -333,11 +358,11 @@ class Server:
             rows_per_s=self._rows_per_s,
             balance_quality=self.config.balance_quality,
             period_s=self.config.balance_period_s,
+            stopping=self._stop_requested,
         )
 
     def _start_rebalancing(self) -> None:
         if self.rebalancer is not None:
-            self._undo.append(("rebalancing", self.rebalancer.stop))
             self.rebalancer.start()
 
     # --- experts that come and go ------------------------------------------------------------------------------------------
@@ -375,8 +400,8 @@ class Server:
         return self._watcher is not None and not self._stopped.is_set()
 
     def is_healthy(self) -> bool:
-        """True if requests are being served: the Runtime lives and is not stuck in a batch."""
-        return self.ready.is_set() and self._problem() is None
+        """True if requests are being served: the Runtime lives, and no batch runs for longer than ``config.stuck_after_s``."""
+        return self.ready.is_set() and not self._is_stuck() and self._problem() is None
 
     def statistics(self) -> ServerStatistics:
         """What was served so far, by expert."""
@@ -396,13 +421,33 @@ class Server:
     def _problem(self) -> MoEError | None:
         if self.runtime.failure is not None:
             return LifecycleError(f"the Runtime has died: {self.runtime.failure!r}")
-        limit_s = self.config.stuck_after_s
-        if limit_s is not None and self.runtime.busy_s() > limit_s:
-            return LifecycleError(f"a batch has been running for {self.runtime.busy_s():.0f} s: the Runtime is stuck")
+        if self._is_busy_for(self.config.give_up_after_s):
+            return LifecycleError(f"a batch has been running for {self.runtime.busy_s():.0f} s: the server gives up")
         self._cut_off = not self.dht.is_alive() or (self._libp2p is not None and not self._libp2p.is_connected)
         if self._cut_off:
             return LifecycleError("the DHT process or its libp2p daemon has died")
         return None
+
+    def _is_busy_for(self, limit_s: float | None) -> bool:
+        return limit_s is not None and self.runtime.busy_s() > limit_s
+
+    def _is_stuck(self) -> bool:
+        return self._is_busy_for(self.config.stuck_after_s)
+
+    def _send_elsewhere(self, away: bool) -> None:
+        """While a batch runs that nobody can interrupt, callers are better served by other servers."""
+        assert self._announcer is not None
+        self._away = away
+        self._announcer.hide(away)
+        if away:
+            busy_s = self.runtime.busy_s()
+            logger.error("a batch has been running for %.0f s; until it ends, callers are sent elsewhere", busy_s)
+            for pool in self.runtime.pools:
+                pool.close(Unavailable(f"a batch has been running for {busy_s:.0f} s; try another server"))
+        else:
+            logger.warning("the batch has ended; serving again")
+            for pool in self.runtime.pools:
+                pool.reopen()
 
     def _watch(self) -> None:
         """Until asked to stop, or a part fails: then stop everything, so that nobody goes on calling a dead server."""
@@ -412,13 +457,15 @@ class Server:
             self.failure = self._problem()
             if self.failure is not None:
                 break
+            if self._is_stuck() != self._away:
+                self._send_elsewhere(not self._away)
             elapsed_s = time.monotonic() - measured_at
             if elapsed_s >= interval_s:
                 now = self.statistics()
                 served = served_rates(before, now, elapsed_s).total
                 logger.info("served %.1f rows/s in batches of %.1f rows", served.rows_per_s, served.mean_batch_rows)
                 before, measured_at = now, time.monotonic()
-        self._stop_requested.set()  # nobody waits for anything any more
+        self._begin_stop()
         self.failure = self.failure or self._problem()
         if self.failure is not None:
             logger.critical("the server stops: %s", self.failure)
@@ -433,10 +480,11 @@ class Server:
     def shutdown(self) -> None:
         """Stop serving: take back the announcements, finish the batch at hand, save, end all threads and processes.
 
-        Returns when that is done; may be called more than once, and before or after a failure.
+        Returns when that is done; may be called more than once, and before or after a failure. Experts that could not be
+        saved within ``config.stop_timeout_s`` are in ``lost``.
         """
         self.ready.clear()
-        self._stop_requested.set()
+        self._begin_stop()
         watcher = self._watcher
         if watcher is None:
             with self._lifecycle:
@@ -446,7 +494,18 @@ class Server:
                     stop_dht(self.dht)
                 gc.unfreeze()
         elif watcher is not threading.current_thread():
-            watcher.join(self.config.shutdown_timeout_s + 5.0)
+            watcher.join(max(0.0, self._save_until - time.monotonic()) + self.config.shutdown_timeout_s + 5.0)
+
+    def _begin_stop(self) -> None:
+        may_save_s = 0.0 if self.checkpoint_saver is None else self.config.stop_timeout_s
+        self._save_until = min(self._save_until, time.monotonic() + may_save_s)
+        self._stop_requested.set()  # nobody waits for anything any more
+
+    @property
+    def is_saving(self) -> bool:
+        """True while a server that stops may have something to save, for ``config.stop_timeout_s`` at most."""
+        saver = self.checkpoint_saver
+        return saver is not None and saver.is_alive and time.monotonic() < self._save_until
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the server has stopped."""
@@ -462,12 +521,40 @@ class Server:
         return self._stopped.wait(timeout)
 
     def _stop_parts(self) -> None:
+        self._begin_stop()
         while self._undo:
             name, stop = self._undo.pop()
             try:
                 stop()
             except Exception as e:  # one part that will not stop must not keep the others running
                 logger.warning("could not stop %s cleanly: %r", name, e)
+
+
+def listen_hosts(dht: DHT) -> tuple[str, ...]:
+    """Addresses of this machine at which the libp2p daemon of a DHT listens, as numbers: the direct link listens there, too."""
+    if dht.kwargs.get("no_listen") or dht.kwargs.get("client_mode"):
+        return ()
+    found: dict[str, None] = {}
+    for maddr in map(str, dht.kwargs.get("host_maddrs") or _DEFAULT_HOST_MADDRS):
+        _, protocol, host, *rest = *maddr.split("/"), "", "", ""
+        if protocol == "ip6zone" and rest[0] == "ip6":
+            protocol, host = "ip6", f"{rest[1]}%{host}"
+        if protocol in _FAMILIES:
+            found |= dict.fromkeys(_addresses_of(host, _FAMILIES[protocol]))
+    return tuple(found)
+
+
+def _addresses_of(host: str, family: socket.AddressFamily) -> list[str]:
+    """Where this machine can listen under a name or an address; like the daemon, we do without those where it cannot."""
+    found = []
+    try:
+        for kind, _, _, _, address in socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM):
+            with socket.socket(kind, socket.SOCK_STREAM) as probe:
+                probe.bind(address)
+            found.append(host if "%" in host else str(address[0]))
+    except OSError as e:
+        logger.warning("no direct link at %s: %s", host, e)
+    return found
 
 
 def _hosts_of(multiaddrs: Sequence[str]) -> tuple[str, ...]:

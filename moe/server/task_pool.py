@@ -200,6 +200,11 @@ class TaskPool:
         for task in left:
             self._resolve(task, _another(self._closed))
 
+    def reopen(self) -> None:
+        """Take tasks again after ``close``."""
+        with self._lock:
+            self._closed = None
+
     # --- the Runtime thread ----------------------------------------------------------------------------------------
 
     def attach(self, on_submit: Callable[[TaskPool], None]) -> None:

@@ -572,11 +572,18 @@ class DirectServer:
     :param service: what serves the calls
     :param port: of the TLS listener; 0: any free one
     :param hosts: names or addresses under which other hosts can reach this one, best first
-    :param listen_host: interface of the TLS listener
+    :param listen_host: address of the TLS listener, or several
     """
 
-    def __init__(self, service: ExpertService, port: int = 0, hosts: Sequence[str] = (), listen_host: str = "0.0.0.0"):
-        self._service, self._port, self._hosts, self._listen_host = service, port, tuple(hosts), listen_host
+    def __init__(
+        self,
+        service: ExpertService,
+        port: int = 0,
+        hosts: Sequence[str] = (),
+        listen_host: str | Sequence[str] = "0.0.0.0",
+    ):
+        self._service, self._port, self._hosts = service, port, tuple(hosts)
+        self._listen_hosts = (listen_host,) if isinstance(listen_host, str) else tuple(listen_host)
         self._office = TicketOffice()
         self._listeners: list[socket.socket] = []
         self._links: set[_ServerLink] = set()
@@ -608,10 +615,13 @@ class DirectServer:
         self._unix_path = os.path.join(self._directory, "socket")
         unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         unix.bind(self._unix_path)
-        tcp = socket.create_server((self._listen_host, self._port), backlog=128)
-        self._port = tcp.getsockname()[1]
+        listeners = [unix]
+        for host in self._listen_hosts:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listeners.append(socket.create_server((host, self._port), family=family, backlog=128))
+            self._port = listeners[-1].getsockname()[1]
         loop = asyncio.get_running_loop()
-        for listener in (unix, tcp):
+        for listener in listeners:
             listener.listen(128)
             listener.setblocking(False)
             self._listeners.append(listener)

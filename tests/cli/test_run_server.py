@@ -111,6 +111,7 @@ def test_has_every_flag_of_hivemind_with_its_default() -> None:
         (["--checkpoint_dir", "checkpoints"], "checkpoint_dir", Path("checkpoints")),
         (["--checkpoint_dir", ".", "--checkpoint_period", "5"], "checkpoint_period", 5.0),
         (["--checkpoint_dir", ".", "--keep_checkpoints", "2"], "keep_checkpoints", 2),
+        (["--checkpoint_dir", ".", "--stop_timeout", "900"], "stop_timeout", 900.0),
         (["--stats_report_interval", "10"], "stats_report_interval", 10.0),
         (["--identity_path", "new.id"], "identity_path", "new.id"),
         (["--detect_anomalies"], "detect_anomalies", True),
@@ -284,6 +285,7 @@ def test_bad_config_files_are_refused(config: str, tmp_path: Path, capsys: pytes
         (["--balance_quality", "0.5"], "balance_quality has no effect without num_blocks"),
         (["--balance_period", "5"], "balance_period has no effect without num_blocks"),
         (["--keep_checkpoints", "5"], "keep_checkpoints has no effect without checkpoint_dir"),
+        (["--stop_timeout", "5"], "stop_timeout has no effect without checkpoint_dir"),
     ],
 )
 def test_warns_of_what_has_no_effect(argv: list[str], warning: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -323,7 +325,7 @@ def test_arguments_are_those_of_server_create() -> None:
     stock = inspect.signature(StockServer.create).parameters
     dht = {"host_maddrs", "announce_maddrs", "use_relay", "use_auto_relay", "identity_path"}
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s", "held_max_bytes"}
-    ours |= {"direct", "direct_port", "direct_hosts"}
+    ours |= {"direct", "direct_port", "direct_hosts", "stop_timeout_s"}
     ours |= {"block_indices", "block_prefix", "model_path", "total_blocks"}
     ours |= {"num_blocks", "balance_quality", "balance_period_s", "throughput"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
@@ -417,6 +419,8 @@ class FakeServer:
         self.failure = failure
         self.shutdown_error = shutdown_error
         self.shutdowns = 0
+        self.is_saving = False
+        self.lost: dict[str, int] = {}
         self.ended = threading.Event()
         if failure is not None:
             self.ended.set()
@@ -478,6 +482,18 @@ def test_a_failed_server_ends_the_process(signals: StopSignals, caplog: pytest.L
     assert run(parse(), signals, server) == 1
     assert server.shutdowns == 1
     assert "the server failed: the Runtime has died" in caplog.text
+
+
+def test_one_that_fails_as_all_its_processes_are_told_to_stop_was_told_to_stop(signals: StopSignals) -> None:
+    class Failing(FakeServer):
+        def shutdown(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().shutdown()
+
+    server = Failing(failure=LifecycleError("the libp2p daemon has died"))
+    assert run(parse(), signals, server) == 0
+    server.lost = {"ffn.0": 1}
+    assert run(parse(), signals, server) == 1
 
 
 def test_a_server_that_stops_by_itself(signals: StopSignals) -> None:
@@ -546,12 +562,14 @@ from moe.cli.stopping import StopSignals, leave
 
 class Server:
     dht = failure = None
+    is_saving, lost = False, {lost}
     def wait(self, timeout):
         time.sleep(timeout)
         return False
     def shutdown(self):
         print("child alive", child.is_alive(), flush=True)
         {shutdown}
+        self.is_saving = False
     def join(self, timeout=None):
         pass
 
@@ -573,8 +591,8 @@ def launch(tmp_path: Path) -> Iterator[Any]:
     started: list[subprocess.Popen[str]] = []
     children: list[psutil.Process] = []
 
-    def launch(shutdown: str = "pass", within: float = 60.0) -> tuple[subprocess.Popen[str], int]:
-        code = PROGRAM.format(shutdown=shutdown, within=within)
+    def launch(shutdown: str = "pass", within: float = 60.0, lost: object = ()) -> tuple[subprocess.Popen[str], int]:
+        code = PROGRAM.format(shutdown=shutdown, within=within, lost=lost)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -642,6 +660,40 @@ def test_a_shutdown_that_hangs_is_ended(launch: Any) -> None:
     assert process.returncode == 1
     assert "still not stopped after 0.5 s" in errors
     assert ends(child)
+
+
+def test_the_clock_stands_still_while_something_is_saved(launch: Any) -> None:
+    process, _ = launch(shutdown="self.is_saving = True; time.sleep(2)", within=0.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+
+
+def test_after_saving_the_clock_goes_on(launch: Any) -> None:
+    saving = "self.is_saving = True; time.sleep(1); self.is_saving = False; time.sleep(600)"
+    process, child = launch(shutdown=saving, within=0.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "still not stopped after 0.5 s" in errors
+    assert ends(child)
+
+
+def test_what_is_lost_is_in_the_exit_code(launch: Any) -> None:
+    process, _ = launch(lost={"ffn.0": 3})
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+
+
+def test_copies_of_a_signal_are_one_order(launch: Any) -> None:
+    """As ``timeout`` sends them: to the process, and to its group."""
+    process, _ = launch(shutdown="time.sleep(0.3)")
+    for _ in range(20):
+        process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
 
 
 def test_children_can_be_terminated(launch: Any) -> None:

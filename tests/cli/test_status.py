@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from moe.cli.display import PlainFormatter, printable
 from moe.cli.status import describe, main
 from moe.dht import ServerInfo, ServerState, declare_experts, get_dht_time, peers_line, start_dht, stop_dht
 from moe.errors import LifecycleError
@@ -60,6 +63,43 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert ["3", "experts"] in rows
     assert ["ffn.0.2", "yes", "12D3KooWA,", "12D3KooWB"] in rows
     assert ["ffn.0.3", "no", "12D3KooWC"] in rows
+
+
+HOSTILE = [
+    "[/x]", "[link=http://evil]click[/link]", "[red]", ":smile:", "\x1b[2J\x1b]0;owned\x07", "\r\n12D3KooWfake yes",
+    "\u202egnp,exe", "\x9b31m", "\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_peers_write_is_shown_as_text(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every place of a record that holds a string; the terminal's own colours are the only escapes."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    info = ServerInfo(
+        peer_id=text, uids=(f"{text}.0",), version=text, dtype=text, device=text, addresses=(text,), moving_to=text,
+        expiration_time=NOW + 1,
+    )  # fmt: skip
+    assert main(["--initial_peers", PEER], lambda peers, timeout_s: ([info], NOW)) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert all(char.isprintable() for char in shown.replace("\n", ""))
+    assert shown.count(printable(text)) == 6  # the peer twice, its expert
+    assert main(["--initial_peers", PEER, "--json"], lambda peers, timeout_s: ([info], NOW)) == 0
+    output = capsys.readouterr().out
+    assert all(char.isprintable() for char in output.replace("\n", ""))
+    assert json.loads(output)["servers"][0]["version"] == text
+
+
+def test_errors_and_warnings_are_text_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def fetch(initial_peers: Sequence[str], timeout_s: float) -> Any:
+        raise LifecycleError("peer says \x1b[2J")
+
+    assert main(["--initial_peers", PEER], fetch) == 1
+    assert capsys.readouterr().err == "cannot reach the swarm: peer says \\x1b[2J\n"
+    record = logging.LogRecord("moe", logging.WARNING, "", 0, "skipping %s", ("\x1b]0;x\x07\nnext",), None)
+    assert PlainFormatter("%(message)s").format(record) == "skipping \\x1b]0;x\\x07\nnext"
 
 
 def test_an_empty_swarm_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -78,10 +79,16 @@ def test_sigterm_with_a_request_in_flight_ends_soon_and_leaves_nothing() -> None
         assert not [pid for pid in processes if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
 
-def test_a_dry_run_measures_prints_and_exits() -> None:
+def test_a_dry_run_measures_prints_and_exits(tmp_path: Path) -> None:
+    """As a server that starts would: in the same environment; but it leaves nothing."""
+    own = tmp_path / "own.py"
+    own.write_text("import os, sys\nprint('policy', os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)\n")
     arguments = ["--throughput", "dry_run", "--num_blocks", "3", "--total_blocks", "9", "--hidden_dim", "16"]
+    arguments += ["--checkpoint_dir", str(tmp_path / "new"), "--custom_module_path", str(own)]
     ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
+    assert "policy passive" in ended.stderr
+    assert not (tmp_path / "new").exists()
     said = re.fullmatch(
         r"([0-9.]+) rows/s through one expert, ([0-9.]+) rows/s through the network stack; "
         r"to be announced: ([0-9.]+) rows/s\n",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe.client.expert import RemoteExpert, get_experts
-from moe.config import ClientConfig
+from moe.config import ClientConfig, ServerConfig
 from moe.dht import DHT, find_experts, start_dht, stop_dht
 from moe.errors import ConnectError, LifecycleError, MoEError, PeerGone, TransportError, Unavailable
 from moe.expert_uid import ExpertInfo
@@ -194,8 +194,30 @@ def test_the_runtime_dies_with_batches_on_their_way_to_the_device(dht: DHT, pool
         assert isinstance(server.failure, LifecycleError) and not server.is_alive()
 
 
-def test_a_batch_that_never_ends_makes_the_server_unhealthy(dht: DHT, pool: ThreadPoolExecutor) -> None:
-    with Host(peers_of(dht), experts=[SLOW, LINEAR], config={"stuck_after_s": 0.5}) as host:
+def test_while_a_batch_runs_for_long_callers_are_sent_elsewhere_and_nobody_else_is_hurt(
+    dht: DHT, pool: ThreadPoolExecutor
+) -> None:
+    """Its own caller, who is patient, gets the answer; the server goes on."""
+    config = ServerConfig(stuck_after_s=0.5)
+    with serving(dht, make_backend(**SLOW), make_backend(**LINEAR), config=config) as server:
+        slow, linear = remote(dht, server.dht.peer_id), remote(dht, server.dht.peer_id, "linear.0")
+        long = pool.submit(slow, lasting(4.0))
+        wait_until(lambda: server.runtime.busy_s() > 0, what="the batch")
+        waiting = pool.submit(linear, torch.ones(2, WIDTH))
+        with refused(Unavailable, "a batch has been running for"):
+            waiting.result(30)
+        with refused(Unavailable, "try another server"):
+            linear(torch.ones(2, WIDTH))
+        wait_until(lambda: find_experts(dht, ["slow.0", "linear.0"]) == [None, None], what="hiding the experts")
+        assert not server.is_healthy() and server.is_alive()
+        torch.testing.assert_close(long.result(30), lasting(4.0))
+        wait_until(lambda: None not in find_experts(dht, ["slow.0", "linear.0"]), what="showing the experts")
+        assert server.is_healthy() and server.failure is None
+        linear(torch.ones(2, WIDTH))
+
+
+def test_a_server_told_to_give_up_does_so_when_a_batch_never_ends(dht: DHT, pool: ThreadPoolExecutor) -> None:
+    with Host(peers_of(dht), experts=[SLOW, LINEAR], config={"give_up_after_s": 0.5}) as host:
         slow, linear = remote(dht, host.peer_id), remote(dht, host.peer_id, "linear.0")
         stuck = pool.submit(slow, lasting(60.0))
         time.sleep(0.3)
