@@ -30,7 +30,7 @@ def _square(tensor: torch.Tensor) -> torch.Tensor:
         return torch.dot(flat, flat)  # all cores, where vector_norm takes one
     half = tensor.dtype.itemsize == 2  # whose own largest number is soon reached
     norm: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32 if half else None)
-    return norm.double() ** 2
+    return torch.square(norm.double())
 
 
 def add(gradient: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:

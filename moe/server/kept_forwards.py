@@ -47,7 +47,7 @@ class KeptForward:
     :ivar leaves: the flat inputs; floating-point ones require a gradient
     :ivar outputs: flat, with their graph
     :ivar saved: how many tensors the graph has saved in each storage
-    :ivar size_bytes: of what the graph has saved, without parameters
+    :ivar size_bytes: of inputs, outputs and what the graph has saved, without what is the module's
     """
 
     def __init__(
@@ -87,13 +87,14 @@ class KeptForward:
         nodes = list(_nodes(self.outputs))
         if any(map(_hides_something, nodes)) or sum(map(_count_unknown, nodes)) > 0:
             raise NotKept("the graph has saved what cannot be looked at", self.outputs)
-        others = {storage_of(parameter) for parameter in module.parameters()}
         self.saved = Counter(storage_of(saved) for saved, _ in self._saved)
-        storages = {storage_of(saved): saved.untyped_storage().nbytes() for saved, _ in self._saved}
-        self.size_bytes = sum(size for at, size in storages.items() if at not in others)
+        everything = [*inputs, *self.outputs, *(saved for saved, _ in self._saved)]
+        sizes = {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in everything}
+        of_module = {storage_of(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        self.size_bytes = sum(size for storage, size in sizes.items() if storage not in of_module)
 
     def __repr__(self) -> str:
-        return f"KeptForward({len(self.leaves)} inputs, {self.size_bytes} bytes saved)"
+        return f"KeptForward({len(self.leaves)} inputs, {self.size_bytes} bytes)"
 
     @property
     def unchanged(self) -> bool:

@@ -66,11 +66,13 @@ def data(rows: int = 4) -> torch.Tensor:
 # --- one of them -----------------------------------------------------------------------------------------------------------
 
 
-def test_its_size_is_that_of_what_is_saved_without_parameters() -> None:
+def test_its_size_is_that_of_all_it_holds_without_what_is_the_modules() -> None:
     x = data()
     kept = keep(Counted(), x)
-    assert kept.size_bytes == 3 * x.nbytes  # x, tanh, and what x is multiplied by
-    assert repr(kept) == f"KeptForward(1 inputs, {3 * x.nbytes} bytes saved)"
+    # x as it came and as it was lent, tanh, what x is multiplied by, and the output
+    assert kept.size_bytes == 5 * x.nbytes
+    assert repr(kept) == f"KeptForward(1 inputs, {5 * x.nbytes} bytes)"
+    assert keep(nn.Identity(), x).size_bytes >= 2 * x.nbytes  # its graph has saved nothing
 
 
 class Product(nn.Module):
