@@ -327,6 +327,11 @@ class RequestAdmission:
         """See Admission."""
         return self._deadline
 
+    @property
+    def reservation(self) -> Reservation:
+        """See Admission."""
+        return self._reservation
+
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """Check a tensor's declaration against the schema and the limits, before any memory is taken for it."""
         if index >= len(self._sent):
@@ -418,7 +423,7 @@ class RequestAdmission:
             self._reservation.grow(size_bytes + besides)
         except Overloaded:
             config = self._handler.config
-            alone = self._handler.inflight.bytes == self._reservation.size_bytes
+            alone = self._reservation.is_all
             if not alone or self._needed > config.max_inflight_bytes or besides > 4 * config.max_request_bytes:
                 raise
             self._reservation.grow(size_bytes + besides, must_fit=False)
@@ -437,7 +442,7 @@ class RequestAdmission:
             expected += of_reply
         # a module may return any length: an answer that nobody could foresee may have to be dropped
         if size_bytes > expected:
-            alone = self._handler.inflight.bytes == self._reservation.size_bytes
+            alone = self._reservation.is_all
             must_fit = between or (self._method == FORWARD and not alone)
             self._reservation.grow(size_bytes - expected, must_fit=must_fit)
 

@@ -17,7 +17,7 @@ import torch
 from moe.errors import CallTimeout, MoEError
 from moe.expert_uid import PeerIDLike
 from moe.schema import Compression
-from moe.transport.inflight import InflightBytes
+from moe.transport.inflight import InflightBytes, Reservation
 from moe.wire.messages import ExpertDescription, ReplyHeader, RequestHeader
 
 T = TypeVar("T")
@@ -104,6 +104,11 @@ class Admission(Protocol):
         """Monotonic time at which nobody waits for the answer any more; whatever is not received until then is not wanted."""
         ...
 
+    @property
+    def reservation(self) -> Reservation:
+        """The memory of the request. Transports count there what they hold besides what is admitted and answered."""
+        ...
+
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """Most bytes this tensor may have on the wire; raises if its declaration alone is wrong."""
         ...
@@ -174,16 +179,16 @@ async def within(awaitable: Awaitable[T], timeout_s: float | None, what: str, pe
     try:
         in_time, _ = await asyncio.wait({waited}, timeout=max(0.0, timeout_s))
         if not in_time:
-            await _end(waited)
+            await end(waited)
     except asyncio.CancelledError:
-        await _end(waited)
+        await end(waited)
         raise
     if in_time or (waited.done() and not waited.cancelled()):
         return waited.result()
     raise CallTimeout(f"{what}: no answer within {timeout_s:.3g} s", peer=peer)
 
 
-async def _end(waited: asyncio.Future[Any]) -> None:
+async def end(waited: asyncio.Future[Any]) -> None:
     """Cancel it, and let it clean up."""
     waited.cancel()
     ended, _ = await asyncio.wait({waited}, timeout=_CANCEL_GRACE_S)

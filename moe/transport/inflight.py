@@ -109,6 +109,11 @@ class Reservation:
         return f"Reservation({self.size_bytes} bytes of ...{self._peer[-8:]}, for {sorted(map(str, self._reasons))})"
 
     @property
+    def is_all(self) -> bool:
+        """True if nobody has anything else reserved."""
+        return self._inflight.bytes == self.size_bytes
+
+    @property
     def ended(self) -> bool:
         """True when it was given back."""
         return not self._reasons

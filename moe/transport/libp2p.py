@@ -16,19 +16,22 @@ import logging
 import math
 import os
 import re
+import resource
 import time
+import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from hivemind.p2p import P2P, P2PContext, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, raise_if_failed, read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.multiaddr import Multiaddr
 
 from moe.errors import (
+    CallTimeout,
     ConnectError,
     ExpertFailed,
     MoEError,
@@ -44,10 +47,10 @@ from moe.errors import (
 )
 from moe.expert_uid import MAX_UID_LENGTH, PeerIDLike
 from moe.schema import DTYPES, MAX_TENSORS, Compression
-from moe.transport.base import FORWARD, Call, ExpertService, Reply, within
-from moe.transport.inflight import Reservation
+from moe.transport.base import FORWARD, Admission, Call, ExpertService, Reply, end, within
 from moe.transport.tickets import Ticket, decode_ticket, encode_ticket
 from moe.wire.hivemind_dialect import (
+    CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_UNARY_BYTES,
     RPC_BACKWARD,
@@ -61,6 +64,7 @@ from moe.wire.hivemind_dialect import (
     ExpertResponse,
     ExpertUID,
     TensorAssembler,
+    TensorGate,
     decode_info,
     encode_info,
     from_message,
@@ -81,12 +85,22 @@ from moe.wire.tensors import EncodedTensor, count_values, decode_tensor, encode_
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _RPC_OF_METHOD = {FORWARD: RPC_FORWARD, "backward": RPC_BACKWARD}
 _MESSAGE, _END = b"\x00", b"\x01"
 _LENGTH_BYTES = 8
 _LINGER_S = 2.0  # for a caller to read the last of a reply; ours
-_COPIES = 3  # of a message: the bytes, those of protobuf, and what is made of them
 MAX_STREAMS_PER_PEER = 256  # at one time; each has a socket and a buffer of 128 KiB
+_MAX_REFUSED_PER_PEER = 64  # streams beyond that are told so; further ones are cut off
+MAX_CALLS_PER_PEER = 4096  # unary ones, at one time
+MIN_PACE_BYTES = 2**16  # to be sent, or taken, in each read_timeout_s: who is slower is cut off
+_PIECE_BYTES = 2**17  # of a message, read or written at one time
+_MESSAGES_PER_TURN = 64  # that have arrived already, read at one time
+_COPIES = 3  # of a unary message until it is decoded: the bytes, those of protobuf, and what is made of them
+_FIRST_MESSAGE_TIMEOUTS = 4  # times read_timeout_s, for what a stream wants, however fast it comes
+_READING = "reading a stream"
+_ENVELOPE_BYTES = 2**16  # of a message, besides tensors; not counted
 _SMALL_BYTES = 64 * 1024  # tensors up to this are (de)coded in the event loop; ours, about 10 us
 _STREAM_BACKLOG = 4096  # Linux allows no more unless told so
 _ERROR_NAME = re.compile(r"(\w{1,64})\(")  # how the repr of an exception begins, in which unary calls relay it
@@ -137,6 +151,39 @@ async def _listen(p2p: P2P) -> None:
         await asyncio.get_running_loop().create_future()
 
 
+class _Answer(asyncio.Future):  # type: ignore[type-arg]
+    """What a unary call waits for. hivemind's reader of answers dies of one that comes after the call was given up."""
+
+    def set_result(self, result: Any) -> None:
+        """See Future."""
+        if not self.done():
+            super().set_result(result)
+
+    def set_exception(self, exception: Any) -> None:
+        """See Future."""
+        if not self.done():
+            super().set_exception(exception)
+
+
+async def _ask(p2p: P2P, peer_id: PeerID, handle: str, request: Any, answer_type: Any) -> Any:
+    """A unary call.
+
+    :raises ProtocolError: the answer is malformed, or of too many parts
+    """
+    control, call_id = p2p._client.control, uuid.uuid4()
+    asked = p2pd_pb2.CallUnaryRequest(peer=peer_id.to_bytes(), proto=handle, data=request.SerializeToString())
+    control._pending_calls[call_id] = answer = _Answer()
+    try:
+        await control._pending_messages.put(p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, callUnary=asked))
+        data = await answer
+    except asyncio.CancelledError:
+        await control._cancel_unary_call(call_id)
+        raise
+    finally:
+        control._pending_calls.pop(call_id, None)
+    return Bounded(answer_type).FromString(data)
+
+
 def _is_connected(p2p: P2P | None) -> bool:
     """False also when the daemon has gone. (hivemind's own ``is_alive`` does not notice.)"""
     return p2p is not None and not p2p._client.control._read_task.done()
@@ -157,62 +204,85 @@ async def _open_stream(p2p: P2P, peer_id: PeerID, handle: str) -> tuple[asyncio.
     return reader, writer
 
 
-class _Reader:
-    """Reads stream messages of bounded length and number of parts, each within a deadline.
+class _Pace:
+    """How long to wait for a peer: it has to send, or take, MIN_PACE_BYTES in each ``patience_s``.
 
-    :param timeout_s: for one message, all of it; None: whoever reads has a deadline
+    :param patience_s: None: whoever waits has a deadline
+    :ivar deadline: monotonic time at which nothing is waited for any more, however fast the peer is
+    """
+
+    def __init__(self, patience_s: float | None):
+        self._patience_s, self.deadline = patience_s, math.inf
+        self.begin()
+
+    def begin(self) -> None:
+        """Now it is the peer's turn."""
+        self._since, self._moved = time.monotonic(), 0
+
+    def moved(self, size_bytes: int) -> None:
+        """So much has come, or has been taken."""
+        self._moved += size_bytes
+        if self._moved >= MIN_PACE_BYTES:
+            self.begin()
+
+    async def keep(self, doing: Coroutine[Any, Any, T], what: str, peer: str) -> T:
+        """Await something in which the peer moves bytes.
+
+        :raises CallTimeout: it is too slow
+        """
+        if self._patience_s is None:
+            return await doing
+        waited = asyncio.ensure_future(doing)
+        try:
+            while (left_s := min(self._since + self._patience_s, self.deadline) - time.monotonic()) > 0:
+                done, _ = await asyncio.wait({waited}, timeout=left_s)
+                if done:
+                    return waited.result()
+            await end(waited)
+        except asyncio.CancelledError:
+            await end(waited)
+            raise
+        raise CallTimeout(f"{what}: the peer is too slow", peer=peer)
+
+
+class _Reader:
+    """Reads stream messages of bounded length and number of parts.
+
+    :param message_type: ExpertRequest or ExpertResponse
     :param must_end: the stream is a request, which says that it ends; a reply may just end
-    :param counted: where the memory of the message at hand is reserved
-    :ivar deadline: monotonic time at which nothing is read any more
     """
 
     def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        timeout_s: float | None,
-        peer: str,
-        must_end: bool = False,
-        counted: Reservation | None = None,
+        self, reader: asyncio.StreamReader, message_type: Any, pace: _Pace, peer: str, *, must_end: bool = False
     ):
-        self._reader, self._timeout_s, self._peer, self._must_end = reader, timeout_s, peer, must_end
-        self._counted = counted
-        self.deadline = math.inf
+        self._reader, self._type, self._pace, self._peer = reader, Bounded(message_type), pace, peer
+        self._must_end = must_end
+        self._messages = 0
 
-    async def messages(self, message_type: Any) -> AsyncIterator[Any]:
-        """Messages until the end of the stream.
+    async def next(self, count: Callable[[int], None] | None = None) -> Any:
+        """The next message; None at the end of the stream.
 
-        :param message_type: ExpertRequest or ExpertResponse
+        :param count: told the size of a message before it is read
         :raises RemoteError: the server ended the stream with an error
         :raises PeerGone: the connection broke, or the client ended the stream with an error
-        :raises CallTimeout: a message did not arrive in time
-        :raises Overloaded: there is no memory for it
+        :raises Overloaded: (from ``count``) there is no memory for it
         """
-        bounded = Bounded(message_type)
-        while True:
-            try:
-                marker, data = await within(self._read_one(), self._patience_s(), "reading a stream", self._peer)
-            except MoEError:  # before the next line: a CallTimeout is an OSError
-                raise
-            except (asyncio.IncompleteReadError, OSError):
-                raise PeerGone("the stream was cut off", peer=self._peer) from None
-            if not marker and not self._must_end:
-                return  # how a server ends a stream
-            if not marker:
-                raise PeerGone("the stream ended before the request did", peer=self._peer)
-            if marker == _END:
-                self._end(data)
-                return
-            message = bounded.FromString(data)
-            del data
-            yield message
+        self._messages += 1
+        if self._messages % _MESSAGES_PER_TURN == 0:
+            await asyncio.sleep(0)
+        try:
+            marker, data = await self._read_one(count)
+        except MoEError:  # before the next line: a CallTimeout is an OSError
+            raise
+        except (asyncio.IncompleteReadError, OSError):
+            raise PeerGone("the stream was cut off", peer=self._peer) from None
+        if not marker and not self._must_end:
+            return None  # how a server ends a stream
+        if not marker:
+            raise PeerGone("the stream ended before the request did", peer=self._peer)
+        return self._end(data) if marker == _END else self._type.FromString(data)
 
-    def _patience_s(self) -> float | None:
-        left_s = self.deadline - time.monotonic()
-        if self._timeout_s is None:
-            return None if left_s == math.inf else left_s
-        return min(self._timeout_s, left_s)
-
-    def _end(self, data: bytes) -> None:
+    def _end(self, data: bytearray) -> None:
         try:
             text = RPCError.FromString(data).message
         except Exception:
@@ -222,26 +292,48 @@ class _Reader:
         if text:
             raise _relayed_error(text, self._peer)
 
-    async def _read_one(self) -> tuple[bytes, bytes]:
+    async def _read_one(self, count: Callable[[int], None] | None) -> tuple[bytes, bytearray]:
         """Marker and message; no marker at the end of the stream."""
+        data = bytearray()
         marker = await self._reader.read(1)
         if not marker:
-            return marker, b""
+            return marker, data
         length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
         most = {_MESSAGE: MAX_MESSAGE_BYTES, _END: _MAX_ERROR_BYTES}.get(marker, -1)
         if length > most:
             raise ProtocolError(
                 f"a stream message of {length} bytes (marker {marker!r}); at most {most} are allowed", peer=self._peer
             )
-        if self._counted is not None and (missing := _COPIES * length - self._counted.size_bytes) > 0:
-            self._counted.grow(missing)
-        return marker, await self._reader.readexactly(length)
+        if count is not None:
+            count(length)
+        while len(data) < length:
+            piece = await self._reader.read(min(length - len(data), _PIECE_BYTES))
+            if not piece:
+                raise asyncio.IncompleteReadError(b"", length)
+            data += piece
+            self._pace.moved(len(piece))
+        return marker, data
 
 
-def _write(writer: asyncio.StreamWriter, message: Any, marker: bytes = _MESSAGE) -> None:
-    data = message.SerializeToString()
+async def _write(
+    writer: asyncio.StreamWriter, message: Any, marker: bytes = _MESSAGE, pace: _Pace | None = None
+) -> None:
+    data = memoryview(message.SerializeToString())
     writer.write(marker + len(data).to_bytes(_LENGTH_BYTES, "big"))
-    writer.write(data)
+    for start in range(0, len(data), _PIECE_BYTES):
+        piece = data[start : start + _PIECE_BYTES]
+        writer.write(piece)
+        await writer.drain()
+        if pace is not None:
+            pace.moved(len(piece))
+
+
+def _close(writer: asyncio.StreamWriter) -> None:
+    """Close, without waiting for a peer that may never take what has been written."""
+    if writer.transport.get_write_buffer_size():
+        writer.transport.abort()
+    else:
+        writer.close()
 
 
 def _relayed_error(text: str, peer: str, uid: str | None = None) -> MoEError:
@@ -309,10 +401,9 @@ class LibP2PTransport:
         """See ExpertTransport."""
         name = peer.to_base58()
         with _translated(name, uid):
-            p2p = await within(self._connected(), timeout_s, "connecting to libp2p", name)
-            call = p2p.call_protobuf_handler(_peer_id(peer), RPC_INFO, ExpertUID(uid=uid), ExpertInfo)
-            answer = await within(call, timeout_s, f"rpc_info of {uid}", name)
-        return decode_info(answer.serialized_info)
+            asking = self._ask(_peer_id(peer), RPC_INFO, ExpertUID(uid=uid), ExpertInfo)
+            answer = await within(asking, timeout_s, f"rpc_info of {uid}", name)
+            return decode_info(answer.serialized_info)
 
     async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
         """See ExpertTransport."""
@@ -326,16 +417,18 @@ class LibP2PTransport:
         """
         name = peer.to_base58()
         with _translated(name, ""):
-            p2p = await within(self._connected(), timeout_s, "connecting to libp2p", name)
-            call = p2p.call_protobuf_handler(_peer_id(peer), RPC_TICKET, ExpertUID(), ExpertResponse)
-            answer = await within(call, timeout_s, "asking for a direct link", name)
-        return decode_ticket(answer.metadata)
+            asking = self._ask(_peer_id(peer), RPC_TICKET, ExpertUID(), ExpertResponse)
+            answer = await within(asking, timeout_s, "asking for a direct link", name)
+            return decode_ticket(answer.metadata)
 
     async def close(self) -> None:
         """Close the connection to the daemon; the daemon itself belongs to the DHT."""
         if self._p2p is not None:
             await self._p2p.shutdown()
             self._p2p = None
+
+    async def _ask(self, peer_id: PeerID, handle: str, request: Any, answer_type: Any) -> Any:
+        return await _ask(await self._connected(), peer_id, handle, request, answer_type)
 
     async def _call(self, peer_id: PeerID, name: str, call: Call) -> Reply:
         encoded = await _in_thread(call.request_bytes, _encode_all, call.tensors, call.codecs)
@@ -350,8 +443,8 @@ class LibP2PTransport:
             except ReplyTooLarge:  # expected, or said by the server: the same request id gets the same answer
                 requests = stream_requests(call.uid, encoded, metadata)
                 header, received = await _stream_call(p2p, peer_id, name, call, requests)
-        received_bytes = sum(len(tensor.buffer) for tensor in received)
-        return Reply(header, await _in_thread(received_bytes, _decode_all, received))
+            received_bytes = sum(len(tensor.buffer) for tensor in received)
+            return Reply(header, await _in_thread(received_bytes, _decode_all, received))
 
 
 async def _unary_call(
@@ -359,9 +452,9 @@ async def _unary_call(
 ) -> tuple[ReplyHeader | None, list[EncodedTensor]]:
     messages = [to_message(tensor) for tensor in encoded]
     request = ExpertRequest(uid=call.uid, tensors=messages, metadata=metadata)
-    response = await p2p.call_protobuf_handler(peer_id, _RPC_OF_METHOD[call.method], request, Bounded(ExpertResponse))
+    response = await _ask(p2p, peer_id, _RPC_OF_METHOD[call.method], request, ExpertResponse)
     header = _checked_header(response.metadata, name, call.uid)
-    return header, [from_message(message) for message in response.tensors]
+    return header, _received(response, _ReplyGate.of(call))
 
 
 async def _stream_call(
@@ -369,34 +462,43 @@ async def _stream_call(
 ) -> tuple[ReplyHeader | None, list[EncodedTensor]]:
     handle = _RPC_OF_METHOD[call.method] + STREAM_SUFFIX
     reader, writer = await _open_stream(p2p, peer_id, handle)
-    header: ReplyHeader | None = None
-    assembler = TensorAssembler(_ReplyGate(4 * call.reply_bytes + 2**26))
+    assembler = TensorAssembler(_ReplyGate.of(call))
+    replies = _Reader(reader, ExpertResponse, _Pace(None), name)
     sending = asyncio.create_task(_send_all(writer, requests))
     try:
-        first = True
-        async for response in _Reader(reader, None, name).messages(ExpertResponse):
-            if first:
-                header, first = _checked_header(response.metadata, name, call.uid), False
-            elif not response.tensors:
-                raise ProtocolError("a message with nothing in it", peer=name, uid=call.uid)
-            for part in response.tensors:
-                assembler.feed(part)
-        if first:
+        response = await replies.next()
+        if response is None:
             raise PeerGone("the stream ended without an answer", peer=name, uid=call.uid)
+        header = _checked_header(response.metadata, name, call.uid)
+        assembler.feed_all(response.tensors)
+        while (response := await replies.next()) is not None:
+            if not response.tensors:
+                raise ProtocolError("a message with nothing in it", peer=name, uid=call.uid)
+            assembler.feed_all(response.tensors)
         return header, assembler.finish()
     finally:
         sending.cancel()
-        with contextlib.suppress(asyncio.CancelledError, OSError):
-            await sending
-        writer.close()  # tells the server that nobody waits any more, if it is not done
+        await asyncio.wait({sending}, timeout=1.0)
+        if sending.done() and not sending.cancelled():
+            sending.exception()  # what matters is what the server has said
+        _close(writer)  # tells the server that nobody waits any more, if it is not done
 
 
 async def _send_all(writer: asyncio.StreamWriter, requests: Iterable[Any]) -> None:
     for request in requests:
-        _write(writer, request)
-        await writer.drain()
-    _write(writer, RPCError(), _END)
-    await writer.drain()
+        await _write(writer, request)
+    await _write(writer, RPCError(), _END)
+
+
+def _received(message: Any, gate: TensorGate) -> list[EncodedTensor]:
+    """The tensors of a unary message, one by one: refused before the next is looked at."""
+    encoded = []
+    for index, tensor in enumerate(map(from_message, message.tensors)):
+        limit = gate.admit(index, tensor.shape, tensor.dtype, tensor.codec)
+        if len(tensor.buffer) > limit:
+            raise ProtocolError(f"tensor {index} has {len(tensor.buffer)} bytes, its shape allows {limit}")
+        encoded.append(tensor)
+    return encoded
 
 
 class _ReplyGate:
@@ -404,6 +506,11 @@ class _ReplyGate:
 
     def __init__(self, max_bytes: int):
         self._left = max_bytes
+
+    @classmethod
+    def of(cls, call: Call) -> _ReplyGate:
+        """For the reply of a call."""
+        return cls(4 * call.reply_bytes + 2**26)
 
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """See TensorGate."""
@@ -440,7 +547,7 @@ def _translated(peer: str, uid: str) -> Any:
     except P2PHandlerError as e:
         raise _relayed_error(str(e), peer, uid) from None
     except (P2PDaemonError, ControlFailure) as e:
-        text = str(e)
+        text = printable(str(e))
         if any(sign in text for sign in _NOT_REACHED):
             raise ConnectError(f"the peer cannot be reached: {text}", peer=peer, uid=uid) from None
         if "protocol" in text and "not supported" in text:
@@ -466,16 +573,21 @@ class LibP2PServer:
         self._p2p: P2P | None = None
         self._requests: set[asyncio.Task[Any]] = set()
         self._streams: Counter[str] = Counter()  # open now, by peer
+        self._calls: Counter[str] = Counter()  # unary ones
+        self._unread: dict[asyncio.Task[Any], None] = {}  # streams that have not said what they want, oldest first
+        self._max_streams = max(MAX_STREAMS_PER_PEER // 2, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
     async def start(self) -> None:
         """Register the handlers. Requests may arrive before this returns."""
         self._p2p = p2p = await _connect(self._daemon_maddr)
         p2p._listen_task = asyncio.create_task(_listen(p2p))
-        await p2p.add_protobuf_handler(RPC_INFO, self._info, ExpertUID, balanced=True)
+        control = p2p._client.control
+        control._handle_persistent_request, control._handler_tasks = self._serve_unary, _HandlerTasks()
+        await control.add_unary_handler(RPC_INFO, self._info, balanced=True)
         if self._issue_ticket is not None:
-            await p2p.add_protobuf_handler(RPC_TICKET, self._ticket, ExpertUID, balanced=True)
+            await control.add_unary_handler(RPC_TICKET, self._ticket, balanced=True)
         for method, handle in _RPC_OF_METHOD.items():
-            await p2p.add_protobuf_handler(handle, self._unary(method), _Unparsed, balanced=True)
+            await control.add_unary_handler(handle, self._unary(method), balanced=True)
             await p2p.add_binary_stream_handler(handle + STREAM_SUFFIX, self._stream(method), balanced=True)
 
     @property
@@ -502,87 +614,113 @@ class LibP2PServer:
             await asyncio.wait(self._requests, timeout=1.0)
         if _is_connected(p2p):
             with contextlib.suppress(Exception):  # one more question to the daemon: it reads what comes before it
-                await asyncio.wait_for(p2p.remove_protobuf_handler(RPC_INFO), timeout=1.0)
+                await asyncio.wait_for(p2p._client.control.remove_unary_handler(RPC_INFO), timeout=1.0)
         await p2p.shutdown()
 
     async def _unregister(self, p2p: P2P) -> None:
         if self._issue_ticket is not None:
-            await p2p.remove_protobuf_handler(RPC_TICKET)
+            await p2p._client.control.remove_unary_handler(RPC_TICKET)
         for handle in _RPC_OF_METHOD.values():
-            await p2p.remove_protobuf_handler(handle)
+            await p2p._client.control.remove_unary_handler(handle)
             await p2p.remove_binary_stream_handler(handle + STREAM_SUFFIX)
 
     @contextlib.contextmanager
-    def _request(self) -> Iterator[None]:
-        """The running task serves a request."""
+    def _request(self, of_peers: Counter[str], peer: str) -> Iterator[None]:
+        """The running task serves a request of a peer."""
         task = asyncio.current_task()
         assert task is not None
         self._requests.add(task)
+        of_peers[peer] += 1
         try:
             yield
         finally:
             self._requests.discard(task)
+            of_peers[peer] -= 1
+            if not of_peers[peer]:
+                del of_peers[peer]
 
-    def _forget_cancelled(self) -> None:
-        """hivemind keeps the tasks of unary requests whose callers gave up, for ever."""
-        tasks = self._p2p._client.control._handler_tasks if self._p2p is not None else {}
-        if len(tasks) > 2 * len(self._requests) + 64:
-            for call_id in [call_id for call_id, task in tasks.items() if task.done()]:
-                del tasks[call_id]
+    async def _info(self, peer: str, data: bytes, until_sent: contextlib.ExitStack) -> Any:
+        request = Bounded(ExpertUID).FromString(data)
+        return ExpertInfo(serialized_info=encode_info(self._service.describe(peer, _checked_uid(request.uid))))
 
-    async def _info(self, request: Any, context: P2PContext) -> Any:
-        description = self._service.describe(context.remote_id.to_base58(), _checked_uid(request.uid))
-        return ExpertInfo(serialized_info=encode_info(description))
-
-    async def _ticket(self, request: Any, context: P2PContext) -> Any:
+    async def _ticket(self, peer: str, data: bytes, until_sent: contextlib.ExitStack) -> Any:
         assert self._issue_ticket is not None
-        peer = context.remote_id.to_base58()
         self._service.allow_ticket(peer)
         return ExpertResponse(metadata=encode_ticket(self._issue_ticket(peer)))
 
     # --- unary -------------------------------------------------------------------------------------------------------
 
-    def _unary(self, method: str) -> Callable[[Any, P2PContext], Awaitable[Any]]:
-        async def handle(data: bytes, context: P2PContext) -> Any:
-            self._forget_cancelled()
+    async def _serve_unary(self, call_id: uuid.UUID, request: Any) -> None:
+        """Answer what the daemon has received whole.
+
+        In place of hivemind's, which keeps the message until it is answered, and the answer where nobody counts it.
+        """
+        assert self._p2p is not None
+        control = self._p2p._client.control
+        peer, handle, data = PeerID(request.peer).to_base58(), request.proto, request.data
+        del request
+        with self._request(self._calls, peer), contextlib.ExitStack() as until_sent:
+            try:
+                if self._calls[peer] > MAX_CALLS_PER_PEER:
+                    raise Overloaded(f"more than {MAX_CALLS_PER_PEER} calls at one time; try again later")
+                if handle not in control.unary_handlers:
+                    raise Unavailable("this is not served (any more)")
+                answer = await control.unary_handlers[handle](peer, data, until_sent)
+                response = p2pd_pb2.CallUnaryResponse(response=answer.SerializeToString())
+                del answer
+            except Exception as e:  # whatever it is, there is an answer; hivemind relays the repr
+                if not isinstance(e, MoEError):
+                    logger.exception("a call of ...%s could not be served", peer[-8:])
+                response = p2pd_pb2.CallUnaryResponse(error=_as_repr(e).encode("utf-8", "replace"))
+            del data
+            sent = asyncio.get_running_loop().create_future()
+            payload = p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, unaryResponse=response)
+            del response
+            await control._pending_messages.put(_Outgoing(payload, sent))
+            del payload
+            await asyncio.wait({sent}, timeout=self._service.read_timeout_s)
+
+    def _unary(self, method: str) -> Callable[[str, bytes, contextlib.ExitStack], Awaitable[Any]]:
+        async def handle(peer: str, data: bytes, until_sent: contextlib.ExitStack) -> Any:
             dialect = _Dialect()
-            with self._request():
-                try:
-                    return await self._answer_unary(method, context.remote_id.to_base58(), dialect, data)
-                except MoEError as e:
-                    if not dialect.native:
-                        raise  # hivemind relays the repr
-                    return dialect.refusal(e)[0]
+            try:
+                return await self._answer_unary(method, peer, dialect, data, until_sent)
+            except MoEError as e:
+                if not dialect.native:
+                    raise
+                return dialect.refusal(e)[0]
 
         return handle
 
-    async def _answer_unary(self, method: str, peer: str, dialect: _Dialect, data: bytes) -> Any:
-        counted = self._service.inflight.reserve(peer, _COPIES * len(data), "message")
+    async def _answer_unary(
+        self, method: str, peer: str, dialect: _Dialect, data: bytes, until_sent: contextlib.ExitStack
+    ) -> Any:
+        inflight = self._service.inflight
+        counted = inflight.reserve(peer, _COPIES * len(data), "message", must_fit=inflight.bytes > 0)
         try:
             request = Bounded(ExpertRequest).FromString(data)
-            dialect.native = bool(request.metadata)
-            header = decode_request_header(request.metadata)
-            admission = self._service.open(peer, method, _checked_uid(request.uid), header)
-            try:
-                encoded = []
-                for index, message in enumerate(request.tensors):  # one by one: refused before the next is looked at
-                    tensor = from_message(message)
-                    limit = admission.admit(index, tensor.shape, tensor.dtype, tensor.codec)
-                    if len(tensor.buffer) > limit:
-                        raise ProtocolError(f"tensor {index} has {len(tensor.buffer)} bytes, its shape allows {limit}")
-                    encoded.append(tensor)
-                size_bytes = sum(len(tensor.buffer) for tensor in encoded)
-                reply = await admission.run(await _in_thread(size_bytes, _decode_all, encoded))
-                answer = await self._encode(reply)
-                size_bytes = sum(len(tensor.buffer) for tensor in answer)
-                if size_bytes > 2 * MAX_UNARY_BYTES - 2**16:
-                    raise ReplyTooLarge(f"{size_bytes} bytes are too large for a unary reply; use a stream")
-                metadata = encode_header(reply.header or ReplyHeader()) if dialect.native else b""
-                return ExpertResponse(tensors=[to_message(tensor) for tensor in answer], metadata=metadata)
-            finally:
-                admission.release()
         finally:
-            counted.done_with("message")
+            counted.done_with("message")  # the tensors are counted by the admission from here on
+        dialect.native = bool(request.metadata)
+        header = decode_request_header(request.metadata)
+        admission = self._service.open(peer, method, _checked_uid(request.uid), header)
+        until_sent.callback(admission.release)
+        encoded = _received(request, admission)
+        del request
+        admission.reservation.grow(_COPIES * len(data), must_fit=False)
+        size_bytes = sum(len(tensor.buffer) for tensor in encoded)
+        tensors = await _in_thread(size_bytes, _decode_all, encoded)
+        del encoded
+        admission.reservation.shrink((_COPIES - 1) * len(data))
+        serving = admission.run(tensors)
+        del tensors
+        reply = await serving
+        answer = await self._encode(reply)
+        size_bytes = sum(len(tensor.buffer) for tensor in answer)
+        if size_bytes > 2 * MAX_UNARY_BYTES - 2**16:
+            raise ReplyTooLarge(f"{size_bytes} bytes are too large for a unary reply; use a stream")
+        metadata = encode_header(reply.header or ReplyHeader()) if dialect.native else b""
+        return ExpertResponse(tensors=[to_message(tensor) for tensor in answer], metadata=metadata)
 
     async def _encode(self, reply: Reply) -> list[EncodedTensor]:
         size_bytes = sum(tensor.nbytes for tensor in reply.tensors)
@@ -594,17 +732,14 @@ class LibP2PServer:
     def _stream(self, method: str) -> Callable[..., Awaitable[None]]:
         async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             peer = info.peer_id.to_base58()
-            self._streams[peer] += 1
             try:
-                with self._request():
-                    await self._serve_stream(method, peer, reader, writer)
+                with self._request(self._streams, peer):
+                    if self._streams[peer] <= MAX_STREAMS_PER_PEER + _MAX_REFUSED_PER_PEER:
+                        await self._serve_stream(method, peer, reader, writer)
             except OSError:
                 logger.debug("a peer left in the middle of a stream", exc_info=True)
             finally:
-                writer.close()
-                self._streams[peer] -= 1
-                if not self._streams[peer]:
-                    del self._streams[peer]
+                _close(writer)
 
         return handle
 
@@ -615,22 +750,36 @@ class LibP2PServer:
         try:
             if self._streams[peer] > MAX_STREAMS_PER_PEER:
                 raise Overloaded(f"more than {MAX_STREAMS_PER_PEER} streams at one time; try again later")
+            self._make_room()
             await self._answer_stream(method, peer, dialect, reader, writer)
-            if dialect.native:  # a stock caller takes this for an error, and waits for us to close
-                _write(writer, RPCError(), _END)
+            if dialect.native:  # a stock caller waits for us to close
                 await _linger(reader)
             return
-        except (MoEError, OSError) as e:
-            if not isinstance(e, MoEError):
-                raise
+        except MoEError as e:
             error: MoEError = e.with_traceback(None)  # which holds what has been received
+        except OSError:
+            raise
         except Exception as e:  # whatever it is, there is an answer
             logger.exception("a stream of ...%s could not be served", peer[-8:])
             error = ExpertFailed(f"the request could not be served: {type(e).__name__}")
         logger.debug("refused a stream of %s: %r", peer, error)
-        _write(writer, *dialect.refusal(error))
-        await within(writer.drain(), self._service.read_timeout_s, "sending an error", peer)
+        if writer.transport.get_write_buffer_size():  # a part of an answer that is not taken
+            return
+        await within(_write(writer, *dialect.refusal(error)), self._service.read_timeout_s, "sending an error", peer)
         await _linger(reader)
+
+    def _make_room(self) -> None:
+        """Descriptors are for streams that want something: cut off the one that has been silent for longest.
+
+        :raises Overloaded: all of them do
+        """
+        if self._streams.total() <= self._max_streams:
+            return
+        oldest = next(iter(self._unread), None)
+        if oldest is None:
+            raise Overloaded("too many streams at one time; try again later")
+        del self._unread[oldest]
+        oldest.cancel()
 
     async def _answer_stream(
         self,
@@ -641,46 +790,115 @@ class LibP2PServer:
         writer: asyncio.StreamWriter,
     ) -> None:
         """Receive a request, serve it, send the answer."""
-        read_timeout_s = self._service.read_timeout_s
-        counted = self._service.inflight.reserve(peer, 0, "message")
+        pace = _Pace(self._service.read_timeout_s)
+        stream = _Reader(reader, ExpertRequest, pace, peer, must_end=True)
+        first = await self._first_message(stream, pace, peer)
+        dialect.native = bool(first.metadata)
+        header = decode_request_header(first.metadata)
+        admission = self._service.open(peer, method, _checked_uid(first.uid), header)
         try:
-            stream = _Reader(reader, read_timeout_s, peer, must_end=True, counted=counted)
-            requests = stream.messages(ExpertRequest)
-            first = await anext(requests, None)
-            if first is None:
-                raise ProtocolError("an empty stream: expected at least one message with the expert's uid")
-            dialect.native = bool(first.metadata)
-            header = decode_request_header(first.metadata)
-            admission = self._service.open(peer, method, _checked_uid(first.uid), header)
-            try:
-                stream.deadline = admission.deadline
-                assembler = TensorAssembler(admission)
-                await _receive(first, requests, assembler)
-                del first
-                encoded = assembler.finish()
-                size_bytes = sum(len(tensor.buffer) for tensor in encoded)
-                tensors = await _in_thread(size_bytes, _decode_all, encoded)
-                del encoded, assembler
-                counted.done_with("message")
-                reply = await _unless_closed(admission.run(tensors), reader)
-                del tensors
-                metadata = encode_header(reply.header or ReplyHeader()) if dialect.native else b""
-                for response in stream_responses(await self._encode(reply), metadata):
-                    _write(writer, response)
-                    await within(writer.drain(), read_timeout_s, "sending a reply", peer)
-            finally:
-                admission.release()
+            pace.deadline = admission.deadline
+            receiving = _receive(first, stream, admission)
+            del first
+            encoded = await pace.keep(receiving, _READING, peer)
+            size_bytes = sum(len(tensor.buffer) for tensor in encoded)
+            tensors = await _in_thread(size_bytes, _decode_all, encoded)
+            del encoded
+            serving = admission.run(tensors)
+            del tensors
+            reply = await _unless_closed(serving, reader)
+            metadata = encode_header(reply.header or ReplyHeader()) if dialect.native else b""
+            encoded = await self._encode(reply)
+            del reply
+            largest = max((len(tensor.buffer) for tensor in encoded), default=0)
+            admission.reservation.grow(2 * min(largest, CHUNK_BYTES), must_fit=False)  # a message, and its bytes
+            pace.begin()
+            pace.deadline = admission.deadline + self._service.read_timeout_s
+            sending = _send_reply(writer, encoded, metadata, pace)
+            del encoded
+            await pace.keep(sending, "sending a reply", peer)
         finally:
-            counted.done_with("message")
+            admission.release()
+
+    async def _first_message(self, stream: _Reader, pace: _Pace, peer: str) -> Any:
+        """What a stream wants. Nobody has been asked yet whether the peer may."""
+        inflight, task = self._service.inflight, asyncio.current_task()
+        assert task is not None
+        counted = inflight.reserve(peer, 0, "message")
+        pace.deadline = time.monotonic() + _FIRST_MESSAGE_TIMEOUTS * self._service.read_timeout_s
+        self._unread[task] = None
+        try:
+            reading = stream.next(lambda size_bytes: counted.grow(size_bytes, must_fit=inflight.bytes > 0))
+            first = await pace.keep(reading, _READING, peer)
+        finally:
+            self._unread.pop(task, None)
+            counted.done_with("message")  # the tensors are counted by the admission from here on
+        if first is None:
+            raise ProtocolError("an empty stream: expected at least one message with the expert's uid")
+        return first
 
 
-class _Unparsed:
-    """Stands for a message type where we parse ourselves, after the memory for it was reserved."""
+async def _receive(first: Any, stream: _Reader, admission: Admission) -> list[EncodedTensor]:
+    """The tensors of a request."""
+    uid, assembler = first.uid, TensorAssembler(admission)
+    assembler.feed_all(first.tensors)
+    del first
+    besides = 0  # of a message that is being received, what is not admitted yet
 
-    @staticmethod
-    def FromString(data: bytes) -> bytes:
-        """The bytes."""
+    def count(size_bytes: int) -> None:
+        nonlocal besides
+        besides = max(0, size_bytes - assembler.missing_bytes - _ENVELOPE_BYTES)
+        admission.reservation.grow(besides, must_fit=not admission.reservation.is_all)
+
+    while (request := await stream.next(count)) is not None:
+        if request.uid != uid:
+            raise ProtocolError(f"Expert uids differ in one request: {uid[:100]!r} and {request.uid[:100]!r}")
+        if not request.tensors:
+            raise ProtocolError("a message with nothing in it")
+        admission.reservation.shrink(besides)
+        besides = 0
+        assembler.feed_all(request.tensors)
+        del request
+    return assembler.finish()
+
+
+async def _send_reply(writer: asyncio.StreamWriter, encoded: list[EncodedTensor], metadata: bytes, pace: _Pace) -> None:
+    for response in stream_responses(encoded, metadata):
+        await _write(writer, response, pace=pace)
+    if metadata:  # a stock caller takes this for an error
+        await _write(writer, RPCError(), _END)
+
+
+class _Outgoing:
+    """A message in the queue to the daemon, which tells when it is taken from there."""
+
+    def __init__(self, message: Any, taken: asyncio.Future[None]):
+        self._message, self._taken = message, taken
+
+    def ByteSize(self) -> int:
+        """As of a protobuf message."""
+        size_bytes: int = self._message.ByteSize()
+        return size_bytes
+
+    def SerializeToString(self) -> bytes:
+        """As of a protobuf message."""
+        if not self._taken.done():
+            self._taken.set_result(None)
+        data: bytes = self._message.SerializeToString()
         return data
+
+
+class _HandlerTasks(dict[uuid.UUID, "asyncio.Task[None]"]):
+    """hivemind's tasks of unary requests, each of which it forgets when it is over. (hivemind's own keeps the cancelled.)"""
+
+    def __setitem__(self, call_id: uuid.UUID, task: asyncio.Task[None]) -> None:
+        super().__setitem__(call_id, task)
+        task.add_done_callback(lambda _: self.pop(call_id, None))
+
+
+def _as_repr(error: Exception) -> str:
+    message = error.message if isinstance(error, MoEError) else str(error)
+    return f"{type(error).__name__}({message[:MAX_ERROR_CHARS]!r})"
 
 
 class _Dialect:
@@ -694,19 +912,7 @@ class _Dialect:
         if self.native:
             wire = WireError.from_exception(error)
             return ExpertResponse(metadata=encode_header(ReplyHeader(error=wire))), _MESSAGE
-        return RPCError(message=f"{type(error).__name__}({error.message[:MAX_ERROR_CHARS]!r})"), _END
-
-
-async def _receive(first: Any, requests: AsyncIterator[Any], assembler: TensorAssembler) -> None:
-    for part in first.tensors:
-        assembler.feed(part)
-    async for request in requests:
-        if request.uid != first.uid:
-            raise ProtocolError(f"Expert uids differ in one request: {first.uid[:100]!r} and {request.uid[:100]!r}")
-        if not request.tensors:
-            raise ProtocolError("a message with nothing in it")
-        for part in request.tensors:
-            assembler.feed(part)
+        return RPCError(message=_as_repr(error)), _END
 
 
 async def _linger(reader: asyncio.StreamReader) -> None:
@@ -717,8 +923,8 @@ async def _linger(reader: asyncio.StreamReader) -> None:
         while await reader.read(_SMALL_BYTES):
             pass
 
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(discard(), _LINGER_S)
+    with contextlib.suppress(CallTimeout):
+        await within(discard(), _LINGER_S, "waiting for the caller to close")
 
 
 async def _unless_closed(serving: Any, reader: asyncio.StreamReader) -> Reply:

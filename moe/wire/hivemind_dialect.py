@@ -40,6 +40,7 @@ MAX_MESSAGE_PARTS = (
 )  # fields of one message; each may be a tensor, and protobuf takes 200 bytes for an empty one
 _MAX_PART_FIELDS = 2 * MAX_DIMENSIONS  # of one tensor in a message
 _MAX_SIZE_BYTES = 10 * MAX_DIMENSIONS  # of the shape of a tensor in a message
+MIN_PART_BYTES = 1024  # of each part of a tensor but the last: to read one takes as long as to copy 100 KiB
 _TENSORS_FIELD, _SIZE_FIELD = 2, 2  # numbers in runtime.proto
 
 _TUPLE_EXT, _DESCRIPTOR_EXT = 0x40, 0x51  # hivemind's MSGPackSerializer
@@ -59,7 +60,7 @@ class Bounded:
     def __init__(self, message_type: Any):
         self._type = message_type
 
-    def FromString(self, data: bytes) -> Any:
+    def FromString(self, data: bytes | bytearray) -> Any:
         """Parse a message.
 
         :raises ProtocolError: it is malformed, or of too many parts
@@ -193,6 +194,17 @@ class TensorAssembler:
         self._head: tuple[str, tuple[int, ...], Compression] | None = None
         self._buffer = bytearray()
         self._limit = 0
+        self._last_bytes = 0  # of the part before
+
+    @property
+    def missing_bytes(self) -> int:
+        """What may still come of the tensor at hand."""
+        return self._limit - len(self._buffer) if self._head is not None else 0
+
+    def feed_all(self, parts: Iterable[Any]) -> None:
+        """See feed."""
+        for part in parts:
+            self.feed(part)
 
     def feed(self, part: Any) -> None:
         """Take one protobuf Tensor part.
@@ -209,6 +221,9 @@ class TensorAssembler:
             self._head = (part.dtype, shape, codec)
         elif not part.buffer:
             raise ProtocolError(f"a part of tensor {len(self._done)} has nothing in it")
+        elif self._last_bytes < MIN_PART_BYTES:
+            raise ProtocolError(f"tensor {len(self._done)} comes in parts of fewer than {MIN_PART_BYTES} bytes")
+        self._last_bytes = len(part.buffer)
         if len(self._buffer) + len(part.buffer) > self._limit:
             raise ProtocolError(
                 f"tensor {len(self._done)} sends more than the {self._limit} bytes that its declared shape allows"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto.p2pd_pb2 import RPCError
-from hivemind.proto.runtime_pb2 import ExpertRequest
+from hivemind.proto.runtime_pb2 import ExpertRequest, Tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,8 +55,12 @@ def read(data: bytes, *, must_end: bool = False, timeout_s: float | None = 5.0, 
         reader.feed_data(data)
         if eof:
             reader.feed_eof()
-        messages = libp2p._Reader(reader, timeout_s, "peer", must_end=must_end).messages(ExpertRequest)
-        return [message.uid async for message in messages]
+        pace = libp2p._Pace(timeout_s)
+        stream = libp2p._Reader(reader, ExpertRequest, pace, "peer", must_end=must_end)
+        uids = []
+        while (message := await pace.keep(stream.next(), "reading a stream", "peer")) is not None:
+            uids.append(message.uid)
+        return uids
 
     return asyncio.run(collect())
 
@@ -165,18 +170,60 @@ def test_uids_are_bounded() -> None:
         libp2p._checked_uid("x" * 2**20)
 
 
-def test_all_messages_of_a_request_name_the_same_expert() -> None:
-    class Anything:
-        def feed(self, part: Any) -> None: ...
+class Admitted:
+    """An admission of whatever comes: ``size_bytes`` of each tensor."""
 
-    async def receive() -> None:
+    def __init__(self, inflight: InflightBytes, size_bytes: int = 2**20):
+        self.reservation, self._size_bytes = inflight.reserve("peer", 0, "request"), size_bytes
+
+    def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
+        self.reservation.grow(self._size_bytes)
+        return self._size_bytes
+
+
+def receive(first: Any, data: bytes, admission: Any) -> list[Any]:
+    """The tensors of a request whose first message is here, and the others are ``data``."""
+
+    async def run() -> list[Any]:
         reader = asyncio.StreamReader()
-        reader.feed_data(request("b") + END)
-        requests = libp2p._Reader(reader, 5.0, "peer").messages(ExpertRequest)
-        await libp2p._receive(ExpertRequest(uid="a"), requests, Anything())  # type: ignore[arg-type]
+        reader.feed_data(data)
+        reader.feed_eof()
+        stream = libp2p._Reader(reader, ExpertRequest, libp2p._Pace(5.0), "peer", must_end=True)
+        return await libp2p._receive(first, stream, admission)
 
+    return asyncio.run(run())
+
+
+def part(data: bytes, size: int = 0) -> Any:
+    """A message with a part of a tensor; with ``size`` its first one."""
+    tensor = Tensor(buffer=data, size=[size], dtype="uint8") if size else Tensor(buffer=data)
+    return ExpertRequest(uid="a", tensors=[tensor])
+
+
+def framed(*messages: Any) -> bytes:
+    return b"".join(frame(message.SerializeToString()) for message in messages)
+
+
+def test_all_messages_of_a_request_name_the_same_expert() -> None:
     with pytest.raises(ProtocolError, match="uids differ"):
-        asyncio.run(receive())
+        receive(ExpertRequest(uid="a"), request("b") + END, Admitted(InflightBytes(2**20, 2**20)))
+
+
+def test_a_message_with_nothing_in_it_ends_a_request() -> None:
+    with pytest.raises(ProtocolError, match="nothing in it"):
+        receive(ExpertRequest(uid="a"), request("a") + END, Admitted(InflightBytes(2**20, 2**20)))
+
+
+def test_a_tensor_in_tiny_parts_is_refused() -> None:
+    admission = Admitted(InflightBytes(2**20, 2**20), 5000)
+    whole = bytes(range(250)) * 20
+    parts = [part(whole[begin : begin + 1500]) for begin in range(1500, 5000, 1500)]  # the last one is short
+    (tensor,) = receive(part(whole[:1500], size=5000), framed(*parts) + END, admission)
+    assert bytes(tensor.buffer) == whole
+    with pytest.raises(ProtocolError, match="fewer than"):
+        receive(
+            part(b"1", size=5000), framed(part(b"2"), part(b"3")) + END, Admitted(InflightBytes(2**20, 2**20), 5000)
+        )
 
 
 @pytest.mark.parametrize(
@@ -197,62 +244,155 @@ def test_what_a_client_says_at_the_end_is_not_looked_into() -> None:
         read(frame(b"", marker=1, length=2**20), must_end=True)
 
 
-def test_the_memory_of_a_message_is_reserved_before_it_is_read() -> None:
-    async def receive(data: bytes) -> list[int]:
+def test_the_size_of_a_message_is_told_before_a_byte_of_it_has_come() -> None:
+    async def read_first(data: bytes) -> None:
         reader = asyncio.StreamReader()
         reader.feed_data(data)
         counted = inflight.reserve("peer", 0, "message")
         try:
-            messages = libp2p._Reader(reader, 5.0, "peer", must_end=True, counted=counted).messages(ExpertRequest)
-            return [inflight.bytes async for _ in messages]
+            await libp2p._Reader(reader, ExpertRequest, libp2p._Pace(5.0), "peer").next(counted.grow)
+            assert inflight.bytes == len(data) - 9
         finally:
             counted.done_with("message")
 
     inflight = InflightBytes(1000, 1000)
-    assert asyncio.run(receive(request("a" * 100) + request("b") + END)) == [3 * 102, 3 * 102]
+    asyncio.run(read_first(request("a" * 400)))
     with pytest.raises(Overloaded):
-        asyncio.run(receive(request("a" * 400)))
-    with pytest.raises(Overloaded):
-        asyncio.run(receive(frame(b"", length=400)))  # before a byte of it has come
+        asyncio.run(read_first(frame(b"", length=1001)))
     assert inflight.bytes == 0
 
 
-def test_many_small_messages_do_not_put_off_the_deadline() -> None:
-    async def trickle() -> None:
-        reader = asyncio.StreamReader()
-        stream = libp2p._Reader(reader, 5.0, "peer", must_end=True)
-        stream.deadline = time.monotonic() + 0.3
+def test_what_a_message_has_besides_admitted_tensors_is_counted_while_it_comes() -> None:
+    """A request as large as may be in flight is received; a message that lies about what it has to bring is not."""
+    inflight, mib = InflightBytes(4 * 2**20, 4 * 2**20), 2**20
+    other = inflight.reserve("other", 2 * mib, "request")
+    admission = Admitted(inflight)
+    first, second = part(bytes(mib), size=mib), part(bytes(mib), size=mib)
+    assert len(receive(first, framed(second) + END, admission)) == 2
+    assert inflight.bytes == 4 * mib
+    admission.reservation.done_with("request")
 
+    admission = Admitted(inflight)
+    with pytest.raises(Overloaded):  # not: "more than its declared shape allows", for which it would be read
+        receive(first, framed(part(bytes(4 * mib))) + END, admission)
+    admission.reservation.done_with("request")
+    other.done_with("request")
+    inflight.check()
+    assert inflight.bytes == 0
+
+
+class Paced:
+    """A stream into which ``data`` is fed over and over."""
+
+    def __init__(self, data: bytes, every_s: float):
+        self._data, self._every_s = data, every_s
+        self.reader = asyncio.StreamReader()
+
+    async def __aenter__(self) -> asyncio.StreamReader:
         async def feed() -> None:
             while True:
-                reader.feed_data(request("a"))
-                await asyncio.sleep(0.02)
+                self.reader.feed_data(self._data)
+                await asyncio.sleep(self._every_s)
 
-        feeding = asyncio.ensure_future(feed())
-        try:
-            async for _ in stream.messages(ExpertRequest):
-                pass
-        finally:
-            feeding.cancel()
+        self._feeding = asyncio.ensure_future(feed())
+        return self.reader
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._feeding.cancel()
+
+
+@pytest.mark.parametrize("data", [request("a"), b"\x00"])
+@pytest.mark.parametrize("deadline_s", [0.5, math.inf])
+def test_small_messages_and_single_bytes_put_nothing_off(data: bytes, deadline_s: float) -> None:
+    async def trickle() -> None:
+        pace = libp2p._Pace(0.5 if deadline_s == math.inf else 60.0)
+        pace.deadline = time.monotonic() + deadline_s
+        async with Paced(data, 0.02) as reader:
+            reader.feed_data(b"" if data != b"\x00" else frame(b"", length=2**20))
+            stream = libp2p._Reader(reader, ExpertRequest, pace, "peer", must_end=True)
+
+            async def read_on() -> None:
+                while await stream.next() is not None:
+                    pass
+
+            await pace.keep(read_on(), "reading a stream", "peer")
 
     begin = time.monotonic()
-    with pytest.raises(CallTimeout):
+    with pytest.raises(CallTimeout, match="too slow"):
         asyncio.run(trickle())
-    assert time.monotonic() - begin < 4.0
+    assert 0.4 < time.monotonic() - begin < 5.0
 
 
-def test_a_message_with_nothing_in_it_ends_a_request() -> None:
-    class Anything:
-        def feed(self, part: Any) -> None: ...
+def test_who_is_fast_enough_may_take_longer_than_a_silence() -> None:
+    async def steady() -> None:
+        pace = libp2p._Pace(0.6)
+        async with Paced(bytes(libp2p.MIN_PACE_BYTES), 0.05) as reader:
+            reader.feed_data(frame(b"", length=24 * libp2p.MIN_PACE_BYTES))
+            stream = libp2p._Reader(reader, ExpertRequest, pace, "peer")
+            with pytest.raises(ProtocolError):  # zeros are no message, but all of them have been read
+                await pace.keep(stream.next(), "reading a stream", "peer")
 
-    async def receive() -> None:
-        reader = asyncio.StreamReader()
-        reader.feed_data(request("a") + END)
-        requests = libp2p._Reader(reader, 5.0, "peer").messages(ExpertRequest)
-        await libp2p._receive(ExpertRequest(uid="a"), requests, Anything())  # type: ignore[arg-type]
+    begin = time.monotonic()
+    asyncio.run(steady())
+    assert time.monotonic() - begin > 0.9
 
-    with pytest.raises(ProtocolError, match="nothing in it"):
-        asyncio.run(receive())
+
+def test_a_cancelled_wait_for_a_peer_ends_what_it_waits_for() -> None:
+    async def run() -> bool:
+        ended = False
+
+        async def wait_for_ever() -> None:
+            nonlocal ended
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                ended = True
+
+        waiting = asyncio.ensure_future(libp2p._Pace(60.0).keep(wait_for_ever(), "it", "peer"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return ended
+
+    assert asyncio.run(run())
+
+
+def test_many_small_messages_that_are_here_leave_room_for_others() -> None:
+    async def run() -> int:
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        reader = asyncio.StreamReader(limit=2**24)
+        reader.feed_data(request("a") * 5000)
+        reader.feed_eof()
+        counting = asyncio.ensure_future(count_turns())
+        stream = libp2p._Reader(reader, ExpertRequest, libp2p._Pace(None), "peer")
+        while await stream.next() is not None:
+            pass
+        counting.cancel()
+        return turns
+
+    assert asyncio.run(run()) > 50
+
+
+def test_an_answer_after_its_call_was_given_up_does_no_harm() -> None:
+    """hivemind's reader of answers would die of it, and all calls with it."""
+
+    async def run() -> None:
+        answer = libp2p._Answer()
+        answer.cancel()
+        answer.set_result(b"late")
+        answer.set_exception(ValueError("late"))
+        assert answer.cancelled()
+
+    asyncio.run(run())
 
 
 def test_a_reply_is_bounded_in_all_and_not_by_tensor() -> None:
