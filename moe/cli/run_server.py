@@ -41,7 +41,7 @@ CREATE_ARGUMENTS = (
     "custom_module_path", "detect_anomalies", "device", "expert_cls", "expert_pattern", "expert_uids", "expiration",
     "hidden_dim", "host_maddrs", "identity_path", "initial_peers", "max_batch_size", "min_batch_size", "model_path",
     "num_blocks", "num_experts", "num_handlers", "num_training_steps", "num_warmup_steps", "scheduler", "throughput",
-    "total_blocks", "update_period", "use_auto_relay", "use_relay",
+    "total_blocks", "train_on_non_finite", "update_period", "use_auto_relay", "use_relay",
 )  # fmt: skip
 
 

@@ -115,6 +115,8 @@ def test_has_every_flag_of_hivemind_with_its_default() -> None:
         (["--stats_report_interval", "10"], "stats_report_interval", 10.0),
         (["--identity_path", "new.id"], "identity_path", "new.id"),
         (["--detect_anomalies"], "detect_anomalies", True),
+        (["--train_on_non_finite"], "train_on_non_finite", True),
+        ([], "train_on_non_finite", False),
         (["--request_timeout", "9"], "request_timeout", 9.0),
         (["--held_bytes", "0"], "held_bytes", 0),
         (["--no_direct"], "direct", False),
@@ -325,7 +327,7 @@ def test_arguments_are_those_of_server_create() -> None:
     stock = inspect.signature(StockServer.create).parameters
     dht = {"host_maddrs", "announce_maddrs", "use_relay", "use_auto_relay", "identity_path"}
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s", "held_max_bytes"}
-    ours |= {"direct", "direct_port", "direct_hosts", "stop_timeout_s"}
+    ours |= {"direct", "direct_port", "direct_hosts", "stop_timeout_s", "train_on_non_finite"}
     ours |= {"block_indices", "block_prefix", "model_path", "total_blocks"}
     ours |= {"num_blocks", "balance_quality", "balance_period_s", "throughput"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
