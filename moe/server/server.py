@@ -30,6 +30,7 @@ from moe.server.blocks import BlockSource
 from moe.server.checkpoints import CheckpointSaver
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
+from moe.server.heap import HeapTrimmer
 from moe.server.hosting import Hosting
 from moe.server.idle import LEFT_AT_THE_END, find_busy
 from moe.server.rebalancing import DHTSwarm, Rebalancer, blocks_of
@@ -458,12 +459,14 @@ class Server:
         """Until asked to stop, or a part fails: then stop everything, so that nobody goes on calling a dead server."""
         before, measured_at = self.statistics(), time.monotonic()
         interval_s = self.config.stats_report_interval_s or math.inf
+        heap = HeapTrimmer()
         while not self._stop_requested.wait(_WATCH_PERIOD_S):
             self.failure = self._problem()
             if self.failure is not None:
                 break
             if self._is_stuck() != self._away:
                 self._send_elsewhere(not self._away)
+            heap.look(self.handler.requests, self.handler.inflight.bytes > 0, time.monotonic())
             elapsed_s = time.monotonic() - measured_at
             if elapsed_s >= interval_s:
                 now = self.statistics()
