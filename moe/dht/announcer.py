@@ -167,7 +167,8 @@ class Announcer:
         self._wake.set()
         if self._thread is None:
             return
-        self._thread.join(min(_LEAVE_ALONE_S, timeout_s))
+        if self._announcing.acquire(timeout=min(_LEAVE_ALONE_S, timeout_s)):  # whoever has seen that it goes on, has sent
+            self._announcing.release()
         if retract and not stopped_before:
             try:
                 retract_experts(self.dht, self.uids, timeout_s=max(0.1, deadline - time.monotonic()))
@@ -217,8 +218,10 @@ class Announcer:
             if self._hidden:
                 retract_experts(self.dht, self.uids, self.timeout_s)
             else:
+                info = self.get_info()
+                self._check_running()  # it asks the DHT, too, which takes time
                 until = get_dht_time() + self.expiration_s
-                declare_experts(self.dht, self.uids, until, info=self.get_info(), timeout_s=self.timeout_s)
+                declare_experts(self.dht, self.uids, until, info=info, timeout_s=self.timeout_s)
         except Exception as e:
             with self._lock:
                 self._failures += 1
