@@ -1016,7 +1016,7 @@ class FakeDeclare:
         self.calls.append((uids, until - get_dht_time(), info))
         self.released.wait()
         outcome = self.outcomes.pop(0) if self.outcomes else {"ffn.0": True}
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -1089,8 +1089,6 @@ def test_the_first_announcement_must_succeed(fake):
         announcer.start()
     assert announcer.statistics().last_error == "LifecycleError: the DHT is gone"
     assert announcer.statistics().last_success_age_s is None
-    announcer.stop()
-    assert fake.retracted == []
     with pytest.raises(ConfigError):
         Announcer(None, ["ffn"], ServerInfo)
 
@@ -1258,3 +1256,18 @@ def test_nothing_is_announced_after_the_retraction(fake, in_background):
                 adding.result(10.0)
     announcer._thread.join(10.0)
     assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CallTimeout])
+def test_a_first_announcement_that_is_interrupted_is_taken_back(fake, error):
+    """Some of it may have been stored by then."""
+    fake.outcomes = [error("interrupted")]
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, 600.0, 1200.0)
+    announcer.stop()
+    assert fake.retracted == []
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, 600.0, 1200.0)
+    with pytest.raises(error):
+        announcer.start()
+    announcer.stop()
+    announcer.stop()
+    assert fake.retracted == [("ffn.0",)]

@@ -317,9 +317,11 @@ class Server:
             self.config.update_period_s,
             self.config.announce_expiration_s,
         )
+        self._undo.append(
+            ("announcements", lambda: announcer.stop(timeout_s=3.0))
+        )  # also of a start that is interrupted
         announcer.start()
         self._hosting.announcer = self._announcer = announcer
-        self._undo.append(("announcements", lambda: announcer.stop(timeout_s=3.0)))
 
     def _announcement(self) -> ServerInfo:
         modules = (backend.module for backend in self.expert_backends.values())
