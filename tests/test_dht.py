@@ -1254,6 +1254,7 @@ def test_nothing_is_announced_after_the_retraction(fake, in_background):
         if adding is not None:
             with pytest.raises(LifecycleError):
                 adding.result(10.0)
+    assert announcer._thread is not None
     announcer._thread.join(10.0)
     assert len(fake.calls) == 1
 

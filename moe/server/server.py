@@ -517,7 +517,7 @@ class Server:
     def is_saving(self) -> bool:
         """True while a server that stops may have something to save, for ``config.stop_timeout_s`` at most."""
         saver = self.checkpoint_saver
-        return saver is not None and saver.is_alive and time.monotonic() < self._save_until
+        return saver is not None and saver.is_alive and time.monotonic() < self._save_until < math.inf
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the server has stopped."""

@@ -664,6 +664,21 @@ def test_a_shutdown_that_hangs_is_ended(launch: Any) -> None:
     assert ends(child)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_logs_that_nobody_reads_keep_no_server_alive(launch: Any, again: bool) -> None:
+    """A pipe that is full: who writes to it waits."""
+    stuck = "sys.stderr.write('x' * 1_000_000)"
+    process, child = launch(shutdown=f"print('stopping', flush=True); {stuck}", within=600 if again else 0.5)
+    process.terminate()
+    assert process.stdout.readline() == "child alive True\n"
+    assert process.stdout.readline() == "stopping\n"
+    if again:
+        time.sleep(0.5)
+        process.terminate()
+    assert process.wait(timeout=30) == (128 + signal.SIGTERM if again else 1)
+    assert ends(child)
+
+
 def test_the_clock_stands_still_while_something_is_saved(launch: Any) -> None:
     process, _ = launch(shutdown="self.is_saving = True; time.sleep(2)", within=0.5)
     process.terminate()
