@@ -553,6 +553,9 @@ def listen_hosts(dht: DHT) -> tuple[str, ...]:
             protocol, host = "ip6", f"{rest[1]}%{host}"
         if protocol in _FAMILIES:
             found |= dict.fromkeys(_addresses_of(host, _FAMILIES[protocol]))
+    for everywhere, part in (("0.0.0.0", "."), ("::", ":")):  # no other address of its family is free then
+        if everywhere in found:
+            found = {host: None for host in found if host == everywhere or part not in host}
     return tuple(found)
 
 
