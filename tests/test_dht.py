@@ -1016,7 +1016,7 @@ class FakeDeclare:
         self.calls.append((uids, until - get_dht_time(), info))
         self.released.wait()
         outcome = self.outcomes.pop(0) if self.outcomes else {"ffn.0": True}
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -1089,8 +1089,6 @@ def test_the_first_announcement_must_succeed(fake):
         announcer.start()
     assert announcer.statistics().last_error == "LifecycleError: the DHT is gone"
     assert announcer.statistics().last_success_age_s is None
-    announcer.stop()
-    assert fake.retracted == []
     with pytest.raises(ConfigError):
         Announcer(None, ["ffn"], ServerInfo)
 
@@ -1231,3 +1229,46 @@ def test_a_dead_dht_makes_stopping_no_slower(own_dht, caplog):
     announcer.stop(timeout_s=60.0)
     assert time.monotonic() - start < 20.0
     assert "could not retract" in caplog.text
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_nothing_is_announced_after_the_retraction(fake, in_background):
+    """What there is to tell takes long to find out, and meanwhile the server stops: nobody would take it back."""
+    asked, told = threading.Event(), threading.Event()
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, update_period_s=600.0, expiration_s=1200.0)
+    announcer.start()
+
+    def get_info():
+        asked.set()
+        assert told.wait(10.0)
+        return ServerInfo()
+
+    announcer.get_info = get_info
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        adding = None if in_background else other.submit(announcer.add, ["ffn.1"])
+        announcer.announce_now()
+        assert asked.wait(10.0)
+        announcer.stop(timeout_s=0.5)
+        assert "ffn.0" in fake.retracted[0]
+        told.set()
+        if adding is not None:
+            with pytest.raises(LifecycleError):
+                adding.result(10.0)
+    assert announcer._thread is not None
+    announcer._thread.join(10.0)
+    assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CallTimeout])
+def test_a_first_announcement_that_is_interrupted_is_taken_back(fake, error):
+    """Some of it may have been stored by then."""
+    fake.outcomes = [error("interrupted")]
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, 600.0, 1200.0)
+    announcer.stop()
+    assert fake.retracted == []
+    announcer = Announcer(None, ["ffn.0"], ServerInfo, 600.0, 1200.0)
+    with pytest.raises(error):
+        announcer.start()
+    announcer.stop()
+    announcer.stop()
+    assert fake.retracted == [("ffn.0",)]

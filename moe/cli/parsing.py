@@ -261,6 +261,11 @@ def build_server_parser() -> Parser:
     add("--num_training_steps", type=positive_int, help="steps after which a linear or cosine schedule ends")
     add("--clip_grad_norm", type=positive_float, help="clip the gradients of an expert to this norm")
     add("--detect_anomalies", action="store_true", help="refuse inputs and gradients that are not finite")
+    add(
+        "--train_on_non_finite",
+        action="store_true",
+        help="train with parameter gradients that are not finite, too; by default a call that has such trains nothing",
+    )
 
     group = parser.add_argument_group("batching and device")
     add = group.add_argument

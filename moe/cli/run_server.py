@@ -41,7 +41,7 @@ CREATE_ARGUMENTS = (
     "custom_module_path", "detect_anomalies", "device", "expert_cls", "expert_pattern", "expert_uids", "expiration",
     "hidden_dim", "host_maddrs", "identity_path", "initial_peers", "max_batch_size", "min_batch_size", "model_path",
     "num_blocks", "num_experts", "num_handlers", "num_training_steps", "num_warmup_steps", "scheduler", "throughput",
-    "total_blocks", "update_period", "use_auto_relay", "use_relay",
+    "total_blocks", "train_on_non_finite", "update_period", "use_auto_relay", "use_relay",
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def run(
     :param peers_line: how others reach a DHT; default: moe.dht.peers_line
     :returns: exit code
     """
-    server, code = None, 0
+    server, code, why = None, 0, ""
     try:
         if options.throughput == "dry_run":
             print(measure_only(options), flush=True)
@@ -120,7 +120,7 @@ def run(
         if server.failure is not None:
             logger.error("the server failed: %s", _describe(server.failure))
     except StopRequested as request:
-        logger.info("%s, stopping", request)
+        why = str(request)
     except Exception as e:
         if not signals.requested:  # an import that is interrupted fails in any way it likes
             expected = isinstance(e, (MoEError, OSError))
@@ -128,7 +128,11 @@ def run(
             logger.error("the server could not %s: %s", what, _describe(e), exc_info=not expected)
             code = 1
     finally:
-        signals.begin_stop(lambda: server is not None and server.is_saving)
+        signals.begin_stop(
+            lambda: server is not None and server.is_saving
+        )  # before anything that can get stuck, as logging
+        if why:
+            logger.info("%s, stopping", why)
         if not stop(server):
             code = 1
     if server is None:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -111,7 +112,7 @@ class StopSignals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if now - self._seen.setdefault(number, now) > _ONE_ORDER_S:
-            os.write(2, b"told to stop twice, leaving at once\n")  # print() is not safe in a signal handler
+            _say("told to stop twice, leaving at once")  # print() is not safe in a signal handler
             end_now(128 + number)
         if not self._stopping:
             self._stopping = True
@@ -130,8 +131,15 @@ class StopSignals:
                 stands_still = False
             if not stands_still:
                 left_s -= look_s
-        logger.error("still not stopped after %.1f s, leaving at once", self.stop_within_s)
+        _say(f"still not stopped after {self.stop_within_s:.1f} s, leaving at once")
         end_now(1)
+
+
+def _say(text: str) -> None:
+    """Write to stderr, unless that would block, as it does in a pipe that nobody empties: logging may be stuck in it."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0.0)[1]:
+            os.write(2, f"{text}\n".encode())
 
 
 def end_children(patience_s: float = 1.0) -> None:

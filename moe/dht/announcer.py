@@ -165,15 +165,19 @@ class Announcer:
             stopped_before = self._stopping.is_set()
             self._stopping.set()
         self._wake.set()
-        if self._thread is None:
+        if self._last_attempt == -math.inf:
             return
-        self._thread.join(min(_LEAVE_ALONE_S, timeout_s))
+        if self._announcing.acquire(
+            timeout=min(_LEAVE_ALONE_S, timeout_s)
+        ):  # whoever has seen that it goes on, has sent
+            self._announcing.release()
         if retract and not stopped_before:
             try:
                 retract_experts(self.dht, self.uids, timeout_s=max(0.1, deadline - time.monotonic()))
             except Exception as e:  # whatever was read there, the server goes on stopping
                 logger.warning("could not retract %d experts, they stay until they expire: %s", len(self.uids), e)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def statistics(self) -> AnnouncerStatistics:
         """How announcing goes."""
@@ -217,8 +221,10 @@ class Announcer:
             if self._hidden:
                 retract_experts(self.dht, self.uids, self.timeout_s)
             else:
+                info = self.get_info()
+                self._check_running()  # it asks the DHT, too, which takes time
                 until = get_dht_time() + self.expiration_s
-                declare_experts(self.dht, self.uids, until, info=self.get_info(), timeout_s=self.timeout_s)
+                declare_experts(self.dht, self.uids, until, info=info, timeout_s=self.timeout_s)
         except Exception as e:
             with self._lock:
                 self._failures += 1

@@ -89,6 +89,7 @@ def assemble(
     keep_checkpoints: int | None = None,
     stop_timeout_s: float | None = None,
     detect_anomalies: bool = False,
+    train_on_non_finite: bool = False,
     request_timeout_s: float | None = None,
     held_max_bytes: int | None = None,
     direct: bool | None = None,
@@ -135,6 +136,7 @@ def assemble(
     :param balance_quality: when to move; with ``balance_period_s``, see ServerConfig
     :param throughput: rows per second the server says it can serve; "auto": measured once for each kind of expert on this
         machine; "eval": measured now; None: it does not say
+    :param detect_anomalies: see ExpertBackend; so for ``train_on_non_finite``
     :param stop_timeout_s: see ServerConfig, as for the other settings of these names
     :param held_max_bytes: see HandlerConfig; of one peer a fourth, unless ``handler_config`` says otherwise
     :param handler_config: what is accepted from the network; single settings above win over it
@@ -230,6 +232,7 @@ def assemble(
             max_batch_size=max_batch_size,
             accumulate_steps=accumulate_steps,
             detect_anomalies=detect_anomalies,
+            train_on_non_finite=train_on_non_finite,
         ),
     )
     if registered:

@@ -589,10 +589,13 @@ class CheckpointSaver:
         interrupted: Callable[[], bool] = lambda: False,
         stored: Callable[[ExpertUID], None] = lambda uid: None,
     ) -> None:
-        """Save experts, those first that would lose most, or were not saved for longest; last one that is training now."""
+        """Save experts, those first that would lose most: all that they have learned, then the most updates, then those that
+        were not saved for longest; last one that is training now."""
 
-        def urgency(uid: ExpertUID) -> tuple[bool, int, float]:
-            return _is_busy(experts[uid]), -self._unsaved_updates(uid, experts[uid]), self._saved[uid].at
+        def urgency(uid: ExpertUID) -> tuple[bool, bool, int, float]:
+            unsaved, at = self._unsaved_updates(uid, experts[uid]), self._saved[uid].at
+            has_a_checkpoint = at > -math.inf or not unsaved or bool(_candidates(self.checkpoint_dir / uid))
+            return _is_busy(experts[uid]), has_a_checkpoint, -unsaved, at
 
         def note(uid: ExpertUID, updates: int) -> None:
             with self._lock:

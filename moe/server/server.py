@@ -30,6 +30,7 @@ from moe.server.blocks import BlockSource
 from moe.server.checkpoints import CheckpointSaver
 from moe.server.connection_handler import ConnectionHandler
 from moe.server.expert_backend import ExpertBackend
+from moe.server.heap import HeapTrimmer
 from moe.server.hosting import Hosting
 from moe.server.idle import LEFT_AT_THE_END, find_busy
 from moe.server.rebalancing import DHTSwarm, Rebalancer, blocks_of
@@ -316,9 +317,11 @@ class Server:
             self.config.update_period_s,
             self.config.announce_expiration_s,
         )
+        self._undo.append(
+            ("announcements", lambda: announcer.stop(timeout_s=3.0))
+        )  # also of a start that is interrupted
         announcer.start()
         self._hosting.announcer = self._announcer = announcer
-        self._undo.append(("announcements", lambda: announcer.stop(timeout_s=3.0)))
 
     def _announcement(self) -> ServerInfo:
         modules = (backend.module for backend in self.expert_backends.values())
@@ -458,12 +461,14 @@ class Server:
         """Until asked to stop, or a part fails: then stop everything, so that nobody goes on calling a dead server."""
         before, measured_at = self.statistics(), time.monotonic()
         interval_s = self.config.stats_report_interval_s or math.inf
+        heap = HeapTrimmer()
         while not self._stop_requested.wait(_WATCH_PERIOD_S):
             self.failure = self._problem()
             if self.failure is not None:
                 break
             if self._is_stuck() != self._away:
                 self._send_elsewhere(not self._away)
+            heap.look(self.handler.requests, self.handler.inflight.bytes > 0, time.monotonic())
             elapsed_s = time.monotonic() - measured_at
             if elapsed_s >= interval_s:
                 now = self.statistics()
@@ -512,7 +517,7 @@ class Server:
     def is_saving(self) -> bool:
         """True while a server that stops may have something to save, for ``config.stop_timeout_s`` at most."""
         saver = self.checkpoint_saver
-        return saver is not None and saver.is_alive and time.monotonic() < self._save_until
+        return saver is not None and saver.is_alive and time.monotonic() < self._save_until < math.inf
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the server has stopped."""
@@ -548,6 +553,9 @@ def listen_hosts(dht: DHT) -> tuple[str, ...]:
             protocol, host = "ip6", f"{rest[1]}%{host}"
         if protocol in _FAMILIES:
             found |= dict.fromkeys(_addresses_of(host, _FAMILIES[protocol]))
+    for everywhere, part in (("0.0.0.0", "."), ("::", ":")):  # no other address of its family is free then
+        if everywhere in found:
+            found = {host: None for host in found if host == everywhere or part not in host}
     return tuple(found)
 
 

@@ -56,6 +56,7 @@ MAX_UNWANTED_BYTES = 2**28  # of one refused or cancelled call, before its sende
 UNWANTED_BYTES_PER_S = 2**24  # of all those calls in the long run; beyond MAX_UNWANTED_BYTES the link is not read
 MAX_UNWANTED_CALLS = 4096  # whose bytes are still announced, or whose cancellation is not confirmed
 _TURN_S = 0.002  # of parsing, before other links get their turn
+_TELL_WITHIN_S = 0.01  # that something has left which another thread has sent: to wake the event loop each time takes long
 _TURN_BYTES = 2**22  # written before other links get their turn
 _MAX_VIEWS = 16  # given to the kernel at a time
 _SCRATCH = memoryview(bytearray(2**16))  # where bytes of cancelled calls go
@@ -227,6 +228,7 @@ class Link:
         self._to_write_bytes = self._written_bytes = 0  # all that was ever put there, and the part that was written
         self._leaving: deque[tuple[int, Callable[[], None]]] = deque()  # whom to tell when that many are written
         self._left: deque[Callable[[], None]] = deque()  # to be told by the event loop: it has left, or never will
+        self._telling: asyncio.TimerHandle | None = None  # it will look for that soon, whatever happens
         self._writer_registered = False
         # looking after it
         self._thread = threading.get_ident()
@@ -288,7 +290,7 @@ class Link:
             if not in_loop and not self._tls:
                 with contextlib.suppress(OSError):  # the event loop will find the same
                     self._write()
-            rest = self.sending or self._left
+            rest = self.sending or (self._left and (self._telling is None or not self._reading))
         if in_loop:
             self._pump()
         elif rest:
@@ -346,6 +348,8 @@ class Link:
             self.closed = self._parser.stopped = True
             self._watch(reading=False, writing=False)
             self._check_timer.cancel()
+            if self._telling is not None:
+                self._telling.cancel()
             self._sock.close()
             self._left += [left for _, left in self._leaving]
             self._left += self._urgent_left
@@ -376,6 +380,16 @@ class Link:
     def _tell_left(self) -> None:
         while self._left:
             self._left.popleft()()
+
+    def _tell_left_soon(self) -> None:
+        """Whatever leaves from now on is told of within _TELL_WITHIN_S."""
+        if self._telling is None and not self.closed:
+            self._telling = self._loop.call_later(_TELL_WITHIN_S, self._tell_now)
+
+    def _tell_now(self) -> None:
+        with self._sending:
+            self._telling = None
+        self._tell_left()
 
     def _write(self) -> None:
         """Write as much as the socket takes now, of whichever thread holds the lock."""
@@ -455,6 +469,8 @@ class Link:
             return
         self._turn_ends = monotonic() + _TURN_S
         try:
+            self._tell_left()
+            self._tell_left_soon()
             self._parser.go_on()
             goes_on = self._takes_more()
             while goes_on and not self._parser.stopped:

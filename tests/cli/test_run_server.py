@@ -115,6 +115,8 @@ def test_has_every_flag_of_hivemind_with_its_default() -> None:
         (["--stats_report_interval", "10"], "stats_report_interval", 10.0),
         (["--identity_path", "new.id"], "identity_path", "new.id"),
         (["--detect_anomalies"], "detect_anomalies", True),
+        (["--train_on_non_finite"], "train_on_non_finite", True),
+        ([], "train_on_non_finite", False),
         (["--request_timeout", "9"], "request_timeout", 9.0),
         (["--held_bytes", "0"], "held_bytes", 0),
         (["--no_direct"], "direct", False),
@@ -325,7 +327,7 @@ def test_arguments_are_those_of_server_create() -> None:
     stock = inspect.signature(StockServer.create).parameters
     dht = {"host_maddrs", "announce_maddrs", "use_relay", "use_auto_relay", "identity_path"}
     ours = {"checkpoint_period_s", "keep_checkpoints", "detect_anomalies", "request_timeout_s", "held_max_bytes"}
-    ours |= {"direct", "direct_port", "direct_hosts", "stop_timeout_s"}
+    ours |= {"direct", "direct_port", "direct_hosts", "stop_timeout_s", "train_on_non_finite"}
     ours |= {"block_indices", "block_prefix", "model_path", "total_blocks"}
     ours |= {"num_blocks", "balance_quality", "balance_period_s", "throughput"}
     not_from_here = {"start", "kwargs", "stats_report_interval"}  # reports are made by the command line itself
@@ -659,6 +661,21 @@ def test_a_shutdown_that_hangs_is_ended(launch: Any) -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "still not stopped after 0.5 s" in errors
+    assert ends(child)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_logs_that_nobody_reads_keep_no_server_alive(launch: Any, again: bool) -> None:
+    """A pipe that is full: who writes to it waits."""
+    stuck = "sys.stderr.write('x' * 1_000_000)"
+    process, child = launch(shutdown=f"print('stopping', flush=True); {stuck}", within=600 if again else 0.5)
+    process.terminate()
+    assert process.stdout.readline() == "child alive True\n"
+    assert process.stdout.readline() == "stopping\n"
+    if again:
+        time.sleep(0.5)
+        process.terminate()
+    assert process.wait(timeout=30) == (128 + signal.SIGTERM if again else 1)
     assert ends(child)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"", "python", "sh", "yaml"}  # without one: pictures and output
+LANGUAGES = {"", "python", "sh", "ini", "yaml"}  # without one: pictures and output
 
 
 def name_of(document: Path) -> str:

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_MADDRS = ["/ip4/127.0.0.1/tcp/0"]
-START_TIMEOUT_S = 60.0  # for importing torch and hivemind, and forking two processes per stock expert
+START_TIMEOUT_S = 40.0  # for importing torch and hivemind, and forking two processes per stock expert
 CALL_TIMEOUT_S = 30.0
 
 STOCK_UIDS = {
@@ -89,16 +89,23 @@ class StockPeer:
         deadline = time.monotonic() + timeout_s
         while not self._connection.poll(0.1):  # not the whole time: its forks hold the pipe open when it has died
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the stock peer has died or hangs while {what}; its log ends with\n{self.log()}")
+                raise RuntimeError(
+                    f"the stock peer has died or hangs while {what}; its log ends with\n{self._last_words()}"
+                )
         answer = unpack(self._connection.recv_bytes())
         if "error" in answer:
             raise StockError(answer["error"], answer["message"], answer["seconds"])
         return answer["result"]
 
-    def log(self) -> str:
-        """The end of what it has written."""
+    def _last_words(self) -> str:
+        """The end of what it has written, and where it is now: the stacks of all threads of its Python processes."""
+        for process in alive_in_group(self._process.pid):
+            with contextlib.suppress(psutil.Error):
+                if process.name().startswith("python"):
+                    process.send_signal(signal.SIGUSR1)
+                    time.sleep(0.05)  # one after another
         self._log.seek(0)
-        return self._log.read().decode(errors="replace")[-4000:]
+        return self._log.read().decode(errors="replace")[-100_000:]
 
     def close(self) -> None:
         """End it and everything it has started, the hard way: stock servers do not always end by themselves."""

@@ -7,6 +7,7 @@ side. Uses nothing of ``moe``. Commands are the methods of ``Client``; their arg
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -170,6 +171,7 @@ class Client:
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)  # here and in all that is forked: where each thread is, for the log
     connection = Connection(int(sys.argv[1]))
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -730,6 +730,17 @@ def test_those_that_would_lose_most_are_saved_first_and_one_that_is_busy_last(tm
     assert saver.lost == {}
 
 
+def test_those_that_would_lose_all_are_saved_before_those_that_would_lose_much(tmp_path: Path) -> None:
+    experts, saved = recorded("ffn.0", "ffn.1", "ffn.2")
+    store_experts({"ffn.0": experts["ffn.0"]}, tmp_path)
+    saver = CheckpointSaver(experts, tmp_path, period_s=3600)
+    experts["ffn.0"].train(5)
+    experts["ffn.1"].train(2)
+    saved.clear()
+    saver._store(experts)  # as at the end, before the first save of those without a checkpoint was done
+    assert saved == ["ffn.1", "ffn.0", "ffn.2"]  # ffn.2 has learned nothing
+
+
 def test_when_the_time_is_over_it_is_said_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     experts, _ = recorded("ffn.0", "ffn.1", "ffn.2")
     saver = CheckpointSaver(experts, tmp_path, period_s=3600)

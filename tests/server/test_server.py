@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ import psutil
 import pytest
 import torch
 
+from moe.client.expert import get_experts
 from moe.config import HandlerConfig, ServerConfig
-from moe.dht import start_dht, stop_dht
+from moe.dht import peers_line, start_dht, stop_dht
 from moe.errors import ConfigError
 from moe.schema import BatchTensorProto
 from moe.server import assembly
 from moe.server.expert_backend import ExpertBackend
+from moe.server.heap import IDLE_BEFORE_TRIM_S
 from moe.server.server import Server, listen_hosts
 
 LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
@@ -92,6 +95,7 @@ def hosts_of(*maddrs: str, **kwargs: Any) -> tuple[str, ...]:
         (("/ip4/0.0.0.0/tcp/31330",), ("0.0.0.0",)),
         (("/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic"), ("127.0.0.1",)),
         (("/ip4/127.0.0.2/tcp/0", "/ip4/127.0.0.1/tcp/0"), ("127.0.0.2", "127.0.0.1")),
+        (("/ip4/127.0.0.1/tcp/31331", "/ip4/0.0.0.0/tcp/31330"), ("0.0.0.0",)),
         (("/dns4/localhost/tcp/0",), ("127.0.0.1",)),
         (("/ip4/127.0.0.1/tcp/0", "/ip4/203.0.113.5/tcp/0"), ("127.0.0.1",)),  # one that is not ours
         (("/ip4/127.0.0.1/tcp/0", "/dns4/no.such.name.invalid/tcp/0"), ("127.0.0.1",)),
@@ -127,6 +131,24 @@ def test_what_a_part_refuses_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="ordinary function"):
         Server.create(expert_uids=["nop.0"], expert_cls="nop", hidden_dim=8, throughput=None, start=False, **LOOPBACK)
     assert gc.get_freeze_count() == 0
+
+
+def test_freed_memory_is_given_back_when_nobody_has_called_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr("moe.server.heap.trim_heap", trimmed.set)
+    dht = start_dht(**LOOPBACK)
+    server = Server(dht, {"linear.0": linear("linear.0")}, start=True)
+    try:
+        assert not trimmed.wait(2 * IDLE_BEFORE_TRIM_S), "there was no work yet"
+        caller = start_dht(peers_line(dht).split()[1:], client_mode=True)
+        try:
+            (expert,) = get_experts(caller, ["linear.0"])
+            expert(torch.zeros(2, 4))
+        finally:
+            stop_dht(caller)
+        assert trimmed.wait(IDLE_BEFORE_TRIM_S + 10.0)
+    finally:
+        server.shutdown()
 
 
 def test_a_server_that_never_started_stops(tmp_path: Path) -> None:

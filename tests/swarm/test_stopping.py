@@ -3,6 +3,7 @@ is lost, nobody finds the experts any more, nothing stays behind."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -38,13 +39,11 @@ checkpoints.os = SlowOS()
 """
 # each server is stopped by one test: how, and of which experts it has
 ORDERS = {
-    1: (signal.SIGTERM, 0.0, ("main", "dht", "p2pd", "shm")),
-    2: (signal.SIGTERM, 0.1, ("dht", "shm", "p2pd", "main")),
-    3: (signal.SIGTERM, 0.0, ("p2pd", "main", "shm", "dht")),
-    4: (signal.SIGHUP, 0.0, ("shm", "p2pd", "dht", "main")),
-    5: (signal.SIGINT, 0.1, ("dht", "main", "p2pd", "shm")),
+    1: (signal.SIGTERM, 0.0, ("p2pd", "main", "shm", "dht")),
+    2: (signal.SIGHUP, 0.0, ("shm", "p2pd", "dht", "main")),
+    3: (signal.SIGINT, 0.1, ("dht", "main", "p2pd", "shm")),
 }
-PATIENT, HASTY, BROKEN = 6, 7, 8
+PATIENT, HASTY, BROKEN = 4, 5, 6
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,11 @@ def swarm(directory: Path) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="module")
 def dht(swarm: LocalSwarm) -> DHT:
-    return swarm.dht()
+    """Its first call has been made: that opens connections that stay."""
+    dht = swarm.dht()
+    (expert,) = get_experts(dht, uids_of(0))
+    expert(torch.zeros(1, 8))
+    return dht
 
 
 def uids_of(index: int) -> list[str]:
@@ -109,7 +112,8 @@ def test_each_process_is_told_in_any_order(swarm: LocalSwarm, dht: DHT, director
     processes = processes_of(swarm, index)
     assert set(processes) == set(order)
     for name in order:
-        processes[name].send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # the server was faster
+            processes[name].send_signal(number)
         time.sleep(pause_s)
     begin = time.monotonic()
     assert swarm.wait(index, 30) == 0, swarm.log(index)
@@ -138,14 +142,14 @@ def test_when_the_time_to_save_is_over_the_rest_is_lost_and_named(swarm: LocalSw
     assert swarm.terminate(HASTY) == 1
     *first, last = updates_saved(directory, HASTY)
     assert first[0] == 0 and last in (0, UPDATES + 2)  # what would lose most was begun with
-    assert "stop.7.0 (3 updates)" in swarm.log(HASTY)
+    assert "stop.5.0 (3 updates)" in swarm.log(HASTY)
 
 
 def test_what_cannot_be_written_is_named(swarm: LocalSwarm, dht: DHT, directory: Path) -> None:
     train(dht, directory, BROKEN)
     (directory / str(BROKEN)).rename(directory / "unmounted")
     assert swarm.terminate(BROKEN) == 1
-    assert "stop.8.0 (3 updates)" in swarm.log(BROKEN)
+    assert "stop.6.0 (3 updates)" in swarm.log(BROKEN)
     assert find_experts(dht, uids_of(BROKEN)) == [None]
 
 
