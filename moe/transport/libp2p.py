@@ -242,7 +242,8 @@ class _Pace:
         except asyncio.CancelledError:
             await end(waited)
             raise
-        raise CallTimeout(f"{what}: the peer is too slow", peer=peer)
+        why = "its time is over" if time.monotonic() >= self.deadline else "the peer is too slow"
+        raise CallTimeout(f"{what}: {why}", peer=peer)
 
 
 class _Reader:

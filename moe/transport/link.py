@@ -56,7 +56,9 @@ MAX_UNWANTED_BYTES = 2**28  # of one refused or cancelled call, before its sende
 UNWANTED_BYTES_PER_S = 2**24  # of all those calls in the long run; beyond MAX_UNWANTED_BYTES the link is not read
 MAX_UNWANTED_CALLS = 4096  # whose bytes are still announced, or whose cancellation is not confirmed
 _TURN_S = 0.002  # of parsing, before other links get their turn
-_TELL_WITHIN_S = 0.01  # that something has left which another thread has sent: to wake the event loop each time takes long
+_TELL_WITHIN_S = (
+    0.01  # that something has left which another thread has sent: to wake the event loop each time takes long
+)
 _TURN_BYTES = 2**22  # written before other links get their turn
 _MAX_VIEWS = 16  # given to the kernel at a time
 _SCRATCH = memoryview(bytearray(2**16))  # where bytes of cancelled calls go

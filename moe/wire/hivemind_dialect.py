@@ -221,13 +221,13 @@ class TensorAssembler:
             self._head = (part.dtype, shape, codec)
         elif not part.buffer:
             raise ProtocolError(f"a part of tensor {len(self._done)} has nothing in it")
-        elif self._last_bytes < MIN_PART_BYTES:
-            raise ProtocolError(f"tensor {len(self._done)} comes in parts of fewer than {MIN_PART_BYTES} bytes")
-        self._last_bytes = len(part.buffer)
         if len(self._buffer) + len(part.buffer) > self._limit:
             raise ProtocolError(
                 f"tensor {len(self._done)} sends more than the {self._limit} bytes that its declared shape allows"
             )
+        if not part.dtype and self._last_bytes < MIN_PART_BYTES:
+            raise ProtocolError(f"tensor {len(self._done)} comes in parts of fewer than {MIN_PART_BYTES} bytes")
+        self._last_bytes = len(part.buffer)
         self._buffer += part.buffer
 
     def finish(self) -> list[EncodedTensor]:

@@ -15,6 +15,7 @@ import torch
 from moe.dht import DHT
 from moe.errors import DeadlineExceeded, ExpertNotFound, ProtocolError, Refused, RemoteSchemaError
 from moe.server.server import Server
+from moe.testing import check_idle
 from moe.transport.base import BACKWARD, FORWARD
 from moe.wire.hivemind_dialect import ExpertRequest, to_message
 from moe.wire.messages import RequestHeader, encode_header
@@ -106,7 +107,7 @@ def send(server: Server, raw: RawClient) -> Callable[[Any], Any]:
         finally:
             for parameter, value in zip(server.expert_backends[UID].module.parameters(), before):
                 assert torch.equal(parameter, value)
-            assert server.handler.inflight.bytes == 0
+            check_idle(server)
 
     return run
 

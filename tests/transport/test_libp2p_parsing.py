@@ -318,7 +318,7 @@ def test_small_messages_and_single_bytes_put_nothing_off(data: bytes, deadline_s
             await pace.keep(read_on(), "reading a stream", "peer")
 
     begin = time.monotonic()
-    with pytest.raises(CallTimeout, match="too slow"):
+    with pytest.raises(CallTimeout, match="too slow" if deadline_s == math.inf else "time is over"):
         asyncio.run(trickle())
     assert 0.4 < time.monotonic() - begin < 5.0
 

@@ -113,6 +113,10 @@ def test_streams_that_lie_are_refused_before_memory_is_taken() -> None:
         assemble([part(dtype="float32", size=[2], buffer=b"1234"), part(buffer=b"5678")], Gate(6))
     with pytest.raises(ProtocolError, match="tensor 1 sends more"):
         assemble([part(dtype="float32", size=[1], buffer=b"1234")] * 2 + [part(buffer=b"5678")], Gate(4))
+    with pytest.raises(ProtocolError, match="parts of fewer than 1024 bytes"):
+        assemble(
+            [part(dtype="float32", size=[3], buffer=b"1234"), part(buffer=b"5678"), part(buffer=b"90ab")], Gate(12)
+        )
     with pytest.raises(ProtocolError, match="compression 99"):
         assemble([part(dtype="float32", size=[1], compression=99)])
     with pytest.raises(ProtocolError, match="compression 99"):
