@@ -27,6 +27,7 @@ from moe.errors import ProtocolError, SchemaError
 
 DUMMY_BATCH_SIZE = 3  # rows of a dry run, hivemind's constant
 MAX_TENSORS = 4096  # in one schema; ours, bounds what a peer's description can make us build
+_MAX_PARTS = 4 * MAX_TENSORS  # and containers, in the description of one
 MAX_AXES = 64  # of a tensor; numpy's own limit
 MAX_DEPTH = 16  # of nesting in a schema; ours, same reason
 DIGEST_BYTES = 32  # of a tensor: enough that nobody finds two with the same
@@ -387,8 +388,9 @@ class ExpertSchema:
         :raises ProtocolError: if the data is not a schema
         """
         try:
-            args, kwargs = _from_plain(plain["args"]), _from_plain(plain["kwargs"])
-            outputs = _from_plain(plain["outputs"]) if plain["outputs"] is not None else None
+            room = [_MAX_PARTS]
+            args, kwargs = _from_plain(plain["args"], room), _from_plain(plain["kwargs"], room)
+            outputs = _from_plain(plain["outputs"], room) if plain["outputs"] is not None else None
             if not isinstance(args, tuple) or not isinstance(kwargs, dict):
                 raise ProtocolError("args must be a tuple and kwargs a dict")
             return cls(args, kwargs, outputs, [str(name) for name in plain["optional"]])
@@ -620,16 +622,23 @@ def _to_plain(structure: Nested) -> Any:
     return ["list" if isinstance(structure, list) else "tuple", [_to_plain(value) for value in structure]]
 
 
-def _from_plain(plain: Any, depth: int = 0) -> Nested:
+def _from_plain(plain: Any, room: list[int], depth: int = 0) -> Nested:
+    """Protos out of plain data.
+
+    :param room: how many of them and of containers there may still be, in its only item
+    """
+    room[0] -= 1
     if depth > MAX_DEPTH:
         raise ProtocolError("nested too deep")
+    if room[0] < 0:
+        raise ProtocolError(f"more than {_MAX_PARTS} tensors and containers")
     if isinstance(plain, dict):
         kind = BatchTensorProto if plain["batched"] else TensorProto
         return kind(*plain["sizes"], dtype=DTYPES[plain["dtype"]], compression=plain["compression"])
     kind_name, children = plain
     if kind_name == "dict":
-        return {str(key): _from_plain(value, depth + 1) for key, value in children.items()}
+        return {str(key): _from_plain(value, room, depth + 1) for key, value in children.items()}
     if kind_name not in ("list", "tuple"):
         raise ProtocolError(f"unknown container {kind_name!r}")
-    parts = [_from_plain(value, depth + 1) for value in children]
+    parts = [_from_plain(value, room, depth + 1) for value in children]
     return parts if kind_name == "list" else tuple(parts)

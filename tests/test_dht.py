@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_a_record_is_never_larger_than_a_message_allows():
         parts = rec.uid_parts(rec.by_prefix(uids))
         assert len(parts) <= rec.MAX_PARTS
         assert max(len(MSGPackSerializer.dumps(part)) for part in parts) < 2 * rec.MAX_PART_BYTES
-        assert sorted(uid for part in parts for uid in rec.read_part(part)) == sorted(uids)
+        assert sorted(rec.read_parts(parts)) == sorted(uids)
 
 
 @given(st.sets(st.integers(0, 60) | st.integers(0, 2**40), max_size=50))
@@ -122,7 +123,7 @@ def test_hostile_runs_are_refused_unexpanded(runs):
     with pytest.raises(ValueError):
         rec.read_runs(runs)
     with pytest.raises(ValueError):
-        rec.read_part([["ffn.", runs]])
+        rec.read_parts([[["ffn.", runs]]])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,20 @@ def test_hostile_runs_are_refused_unexpanded(runs):
 )
 def test_hostile_parts_are_refused(part):
     with pytest.raises(ValueError):
-        rec.read_part(part)
+        rec.read_parts([part])
+
+
+def test_uids_are_counted_before_they_are_expanded():
+    """Of one server's parts together, and by their characters: a prefix may be a thousand of them."""
+    with pytest.raises(ValueError, match="more than 65536 uids"):
+        rec.read_parts([[["a.", [0, 2**15]]], [["b.", [0, 2**15]]], [["c.", [0, 1]]]])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="characters"):
+            rec.read_parts([[["a" * 1000 + ".", [0, 2**16]]]])
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_server_info_round_trip():

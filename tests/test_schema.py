@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -309,6 +310,17 @@ def test_containers_that_are_none_are_a_typed_error(args: Any) -> None:
     for plain in ({**good, "args": args}, {**good, "args": ["tuple", [args]]}, {**good, "kwargs": args}):
         with pytest.raises(ProtocolError, match="malformed"):
             ExpertSchema.from_plain(plain)
+
+
+def test_a_description_of_very_many_parts_is_refused_before_it_is_built() -> None:
+    good = ExpertSchema((B(2),), {"x": G(3)}, B()).to_plain()
+    many = ["tuple", [["tuple", []]] * 10**6]
+    begin = time.monotonic()
+    with pytest.raises(ProtocolError, match="16384 tensors and containers"):
+        ExpertSchema.from_plain({**good, "args": many})
+    assert time.monotonic() - begin < 1.0
+    most = ExpertSchema([B(2)] * (MAX_TENSORS - 1), {}, B())
+    assert ExpertSchema.from_plain(most.to_plain()) == most
 
 
 # --- protos ------------------------------------------------------------------------------------------------------------

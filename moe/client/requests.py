@@ -213,6 +213,8 @@ class Request:
         self.transport, self.chain, self.config = transport, chain, config
         self.uid = join_chain([block.uid for block in chain.blocks])
         self._codecs = tuple(entry.proto.compression for entry in chain.entries)
+        self._output_codecs = frozenset((0, *(entry.proto.compression for entry in chain.output_entries)))
+        self._gradient_codecs = frozenset((0, *self._codecs))
 
     def __repr__(self) -> str:
         return f"Request({self.chain!r})"
@@ -269,7 +271,7 @@ class Request:
         """What ``forward`` sends, if nothing is held."""
         header = make_header(self.chain, terms.native, timeout_s, metadata=self._metadata(peer, FORWARD))
         reply_bytes = _expected_bytes(self.chain.output_entries, rows, tensors, terms.native)
-        return Call(FORWARD, self.uid, header, tensors, self._codecs, reply_bytes)
+        return Call(FORWARD, self.uid, header, tensors, self._codecs, reply_bytes, self._output_codecs)
 
     def outputs(self, reply: Reply, rows: int, peer: PeerIDLike) -> list[torch.Tensor]:
         """What ``forward`` returns, checked."""
@@ -302,7 +304,7 @@ class Request:
         codecs = (*self._codecs, *(entry.proto.compression for entry in grad_entries))
         tensors = [*inputs, *grad_outputs]
         reply_bytes = sum(t.nbytes for t, wanted in zip(inputs, wants) if wanted or not terms.native)
-        return Call(BACKWARD, self.uid, header, tensors, codecs, reply_bytes)
+        return Call(BACKWARD, self.uid, header, tensors, codecs, reply_bytes, self._gradient_codecs)
 
     def _metadata(self, peer: PeerIDLike, method: str) -> Metadata:
         """What the caller's policy tells this server.

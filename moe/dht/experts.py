@@ -24,6 +24,7 @@ from moe.dht.process import DEFAULT_TIMEOUT_S, call, call_in_background
 from moe.dht.records import (
     DIRECTORY_KEY,
     MAX_PARTS,
+    MAX_UID_CHARS,
     MAX_UIDS,
     TOMBSTONE_EDGE_S,
     FoundExpert,
@@ -41,8 +42,8 @@ from moe.dht.records import (
     owner,
     part_key,
     read_hosted,
-    read_part,
     read_part_count,
+    read_parts,
     read_successors,
     replace_own,
     replace_stock,
@@ -64,6 +65,7 @@ MAX_OUTBID_S = 600.0  # how much longer than asked a record may live to replace 
 # is no such expert" in the place of a 1-D expert for up to 300 s
 MAX_LISTED_PARTS = 4096  # list_servers reads no more parts of uids than this, whatever servers say
 MAX_LISTED_UIDS = 2**20  # nor more uids
+MAX_LISTED_CHARS = 2**26  # nor more of their characters
 
 
 # --- reading and storing ---------------------------------------------------------------------------------------------
@@ -545,13 +547,13 @@ async def _list(node: DHTNode) -> list[ServerInfo]:
         room -= len(parts[peer])
 
     found = await _read(node, (key for keys in parts.values() for key in keys), latest=True)
-    room = MAX_LISTED_UIDS
+    room, room_chars = MAX_LISTED_UIDS, MAX_LISTED_CHARS
     for peer, keys in parts.items():
         try:
-            uids = tuple(uid for key in keys if None in found[key] for uid in read_part(found[key][None].value))
-            if len(uids) > min(MAX_UIDS, room):
-                raise ValueError(f"{len(uids)} uids are too many")
+            written = (found[key][None].value for key in keys if None in found[key])
+            uids = tuple(read_parts(written, min(MAX_UIDS, room), min(MAX_UID_CHARS, room_chars)))
             room -= len(uids)
+            room_chars -= sum(map(len, uids))
             servers[peer] = replace(servers[peer], uids=uids)
         except ValueError as e:
             logger.warning("skipping a malformed list of the experts of %s: %s", peer, e)

@@ -48,8 +48,10 @@ TOMBSTONE_EDGE_S = 1e-3  # by how much a record outlives the one it replaces bef
 MAX_UIDS = 2**16  # of one server
 MAX_PART_BYTES = 32 * 1024  # of one part of a server's uids, by estimate
 MAX_PARTS = 256  # of one server
+MAX_UID_CHARS = 2**24  # of all uids of one server together
 MAX_PEER_ID_CHARS = 128  # decoding base58 is quadratic; real ones have 46 to 52
 _COORDINATES_PER_ENTRY = 1024  # of one prefix in one entry of a part
+_COORDINATE_CHARS = 8  # allowed for one, whatever it is
 
 Place = tuple[str, "Coordinate | str | None"]  # key and subkey; None: the key has a plain value
 Text = Annotated[str, msgspec.Meta(max_length=128)]
@@ -261,18 +263,26 @@ def expand(runs: Sequence[int]) -> list[Coordinate]:
     return [start + i for start, length in zip(runs[::2], runs[1::2]) for i in range(length)]
 
 
-def read_part(part: Any) -> list[ExpertUID]:
-    """Inverse of one of uid_parts.
+def read_parts(parts: Iterable[Any], max_uids: int = MAX_UIDS, max_chars: int = MAX_UID_CHARS) -> list[ExpertUID]:
+    """Inverse of uid_parts. All of it is counted before any of it is expanded: a kilobyte can name 64 MiB of uids.
 
-    :raises ValueError: if it is not that
+    :raises ValueError: if it is not that, or more than this
     """
+    checked = [entry for part in parts for entry in _entries_of(part)]
+    counts = [sum(runs[1::2]) for _, runs in checked]
+    if sum(counts) > max_uids:
+        raise ValueError(f"more than {max_uids} uids")
+    if sum(count * (len(prefix) + _COORDINATE_CHARS) for count, (prefix, _) in zip(counts, checked)) > max_chars:
+        raise ValueError(f"uids of more than {max_chars} characters")
+    return [f"{prefix}{coordinate}" for prefix, runs in checked for coordinate in expand(runs)]
+
+
+def _entries_of(part: Any) -> list[tuple[ExpertPrefix, list[int]]]:
     if not isinstance(part, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in part):
         raise ValueError("not a list of prefixes and runs")
     if not all(isinstance(prefix, str) and is_valid_prefix(prefix) for prefix, _ in part):
         raise ValueError("not a prefix")
-    if sum(sum(read_runs(runs)[1::2]) for _, runs in part) > MAX_UIDS:
-        raise ValueError(f"more than {MAX_UIDS} uids")
-    return [f"{prefix}{coordinate}" for prefix, runs in part for coordinate in expand(runs)]
+    return [(prefix, read_runs(runs)) for prefix, runs in part]
 
 
 def read_part_count(directory_entry: Any) -> int:
@@ -432,7 +442,7 @@ def replace_own(leaving: set[ExpertUID], found: Found, me: str) -> dict[Place, R
     if directory is not None and isinstance(directory.value, dict):
         keys = [part_key(me, i) for i in range(read_part_count(directory.value))]
         written = [found[key][None].value for key in keys if None in found.get(key, {})]
-        uids = [uid for part in written for uid in _or_nothing(read_part, part)]
+        uids = [uid for part in written for uid in _or_nothing(read_parts, [part])]
         parts = uid_parts(by_prefix(uid for uid in uids if uid not in leaving))
         facts = {**directory.value, "parts": len(parts)}
         if not parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -37,6 +37,7 @@ class Call:
     :ivar tensors: flat, on CPU
     :ivar codecs: one per tensor
     :ivar reply_bytes: about how large the reply will be, to choose between a unary and a streamed call
+    :ivar reply_codecs: in which the reply's tensors may travel; others are refused before they are decoded
     """
 
     method: str
@@ -45,6 +46,7 @@ class Call:
     tensors: Sequence[torch.Tensor]
     codecs: Sequence[int]
     reply_bytes: int = 0
+    reply_codecs: Collection[int] = frozenset(Compression)
 
     @property
     def request_bytes(self) -> int:

@@ -216,13 +216,15 @@ class _Waiting:
     :ivar answered: what the waiting one waits for: a coroutine, or a thread
     :ivar expected_bytes: of the reply's tensors, at most
     :ivar slack_bytes: by which the reply is larger
+    :ivar codecs: in which its tensors may travel
     """
 
-    __slots__ = ("answered", "arriving", "expected_bytes", "slack_bytes")
+    __slots__ = ("answered", "arriving", "codecs", "expected_bytes", "slack_bytes")
 
     def __init__(self, answered: asyncio.Future[_Arriving] | _ThreadsAnswer, call: Call):
         self.answered = answered
         self.expected_bytes, self.slack_bytes = 4 * call.reply_bytes, 0
+        self.codecs = call.reply_codecs
         self.arriving: _Arriving | None = None
 
     def fail(self, error: MoEError) -> None:
@@ -329,6 +331,9 @@ class DirectClient:
             return None  # its caller has given up
         if waiting.arriving is not None:
             raise ProtocolError("a second reply to one call", peer=self.peer)
+        if any(head.codec not in waiting.codecs for head in opening.tensors):
+            waiting.fail(ProtocolError("a reply in a codec that its schema does not have", peer=self.peer))
+            return None
         size_bytes = sum(head.size_bytes for head in opening.tensors)
         if size_bytes > waiting.expected_bytes:
             waiting.slack_bytes = size_bytes - waiting.expected_bytes

@@ -20,7 +20,7 @@ import resource
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -503,20 +503,25 @@ def _received(message: Any, gate: TensorGate) -> list[EncodedTensor]:
 
 
 class _ReplyGate:
-    """Bounds what the tensors of a reply take in all; the caller, who knows the schema, checks what they look like."""
+    """Bounds what the tensors of a reply take in all, and how they are encoded; the caller, who knows the schema, checks what
+    they look like."""
 
-    def __init__(self, max_bytes: int):
-        self._left = max_bytes
+    def __init__(self, max_bytes: int, codecs: Collection[int] = frozenset(Compression)):
+        self._left, self._codecs = max_bytes, codecs
 
     @classmethod
     def of(cls, call: Call) -> _ReplyGate:
         """For the reply of a call."""
-        return cls(4 * call.reply_bytes + 2**26)
+        return cls(4 * call.reply_bytes + 2**26, call.reply_codecs)
 
     def admit(self, index: int, shape: tuple[int, ...], dtype: str, codec: Compression) -> int:
         """See TensorGate."""
         if dtype not in DTYPES or index >= MAX_TENSORS:
             raise ProtocolError(f"tensor {index} of a reply is of dtype {dtype[:50]!r}")
+        if codec not in self._codecs:
+            raise ProtocolError(
+                f"tensor {index} of a reply is compressed as {codec.name}, as its schema does not have it"
+            )
         encoded_bytes = max_encoded_bytes(shape, DTYPES[dtype], codec)
         decoded_bytes = count_values(shape) * DTYPES[dtype].itemsize if codec else 0
         self._left -= encoded_bytes + decoded_bytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
@@ -607,6 +608,25 @@ def hostile(host: Host) -> Iterator[tuple[DirectClient, socket.socket]]:
 def reply(number: int, *sizes: int) -> bytes:
     heads = tuple(TensorHead("float32", (size // 4,), 0, size) for size in sizes)
     return encode_frame(OPEN, number, encode_opening(Opening("", "", b"", heads)))
+
+
+def test_a_codec_that_nobody_asked_for_is_not_decoded(hostile: tuple[DirectClient, socket.socket]) -> None:
+    client, server = hostile
+    wanted = dataclasses.replace(call("echo", torch.ones(64)), reply_codecs={Compression.NONE})
+    heads = (TensorHead("float32", (64,), Compression.FLOAT16, 128),)
+
+    def answer() -> None:
+        time.sleep(0.1)
+        server.sendall(encode_frame(OPEN, 1, encode_opening(Opening("", "", b"", heads))) + data(1, 128))
+        time.sleep(0.3)
+        server.sendall(reply(2, 256) + data(2, 256))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    with pytest.raises(ProtocolError, match="codec"):
+        client.call_blocking(wanted, 5.0)
+    client.call_blocking(wanted, 5.0)
+    thread.join()
 
 
 def test_a_reply_much_larger_than_expected_is_the_calls_error_alone(

@@ -405,3 +405,5 @@ def test_a_reply_is_bounded_in_all_and_not_by_tensor() -> None:
         libp2p._ReplyGate(10_000).admit(0, (2000,), "float64", Compression.FLOAT16)
     with pytest.raises(ProtocolError, match="float33"):
         libp2p._ReplyGate(1000).admit(0, (1,), "float33", Compression.NONE)
+    with pytest.raises(ProtocolError, match="compressed as FLOAT16"):  # nobody has asked for that
+        libp2p._ReplyGate(1000, {Compression.NONE}).admit(0, (1,), "float32", Compression.FLOAT16)
