@@ -32,8 +32,10 @@ from moe.errors import (
 from moe.schema import Compression
 from moe.transport import libp2p
 from moe.transport.inflight import InflightBytes
+from moe.wire import hivemind_dialect
 from moe.wire.hivemind_dialect import MAX_MESSAGE_BYTES
 from moe.wire.messages import MAX_ERROR_CHARS
+from tests.docs.markdown import ROOT, table_of
 
 
 def frame(data: bytes, marker: int = 0, length: int | None = None) -> bytes:
@@ -380,6 +382,13 @@ def test_many_small_messages_that_are_here_leave_room_for_others() -> None:
         return turns
 
     assert asyncio.run(run()) > 50
+
+
+def test_bounds_are_those_of_the_documentation() -> None:
+    for name, bound, _ in table_of(ROOT / "docs" / "protocol.md", "bounds of libp2p"):
+        number, _, unit = bound.partition(" ")
+        module = libp2p if hasattr(libp2p, name.strip("`")) else hivemind_dialect
+        assert getattr(module, name.strip("`")) == int(number) * (2**20 if unit == "MiB" else 1), name
 
 
 def test_an_answer_after_its_call_was_given_up_does_no_harm() -> None:
