@@ -74,6 +74,8 @@ def progress_line(statistics: ServerStatistics, rates: ServerRates) -> str:
         f"({speed.mean_batch_rows:.1f} rows a batch); since start {total.forward_rows} + {total.backward_rows} rows; "
         f"{total.pending} pending, {total.failed} failed"
     )
+    if total.failed_steps:
+        line += f", {total.failed_steps} optimizer steps failed"
     busiest = sorted(rates.experts.items(), key=lambda item: (-item[1].rows_per_s, item[0]))
     named = ", ".join(f"{uid} {rate.rows_per_s:.1f} rows/s" for uid, rate in busiest[:EXPERTS_IN_LINE])
     more = f" and {len(busiest) - EXPERTS_IN_LINE} more" if len(busiest) > EXPERTS_IN_LINE else ""

@@ -166,6 +166,11 @@ class ConnectionHandler:
             raise
         return admission
 
+    @property
+    def held_bytes(self) -> int:
+        """Of tensors kept for later requests."""
+        return sum(store.bytes for store in self._stores)
+
     def closed(self, uids: Iterable[str]) -> None:
         """A request for these experts has ended."""
         for uid in uids:

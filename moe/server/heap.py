@@ -25,17 +25,20 @@ class HeapTrimmer:
 
     def __init__(self, trim: Callable[[], None] | None = None):
         self._trim = trim or trim_heap
-        self._requests = 0  # served when it was looked at last
+        self._requests = self._held_bytes = 0  # when it was looked at last
         self._quiet_since = math.inf
 
-    def look(self, requests: int, busy: bool, now: float) -> None:
+    def look(self, requests: int, busy: bool, now: float, held_bytes: int = 0) -> None:
         """To be called now and then, from any one thread.
 
         :param requests: accepted so far
         :param busy: True while there is one to be served
+        :param held_bytes: kept for later requests, until they are dropped
         """
-        if busy or requests != self._requests:
-            self._requests, self._quiet_since = requests, now
+        worked = busy or requests != self._requests or held_bytes < self._held_bytes
+        self._requests, self._held_bytes = requests, held_bytes
+        if worked:
+            self._quiet_since = now
         elif now - self._quiet_since >= IDLE_BEFORE_TRIM_S:
             self._quiet_since = math.inf
             self._trim()

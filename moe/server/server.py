@@ -423,6 +423,7 @@ class Server:
                 backward_batches=backward.batches,
                 pending=forward.pending + backward.pending,
                 failed=forward.failed + backward.failed,
+                failed_steps=backend.failed_steps,
             )
         return ServerStatistics(experts=experts)
 
@@ -468,7 +469,8 @@ class Server:
                 break
             if self._is_stuck() != self._away:
                 self._send_elsewhere(not self._away)
-            heap.look(self.handler.requests, self.handler.inflight.bytes > 0, time.monotonic())
+            handler = self.handler
+            heap.look(handler.requests, handler.inflight.bytes > 0, time.monotonic(), handler.held_bytes)
             elapsed_s = time.monotonic() - measured_at
             if elapsed_s >= interval_s:
                 now = self.statistics()

@@ -19,6 +19,7 @@ class ExpertStatistics:
     :ivar backward_batches: batches these backward rows were run in
     :ivar pending: tasks that wait now
     :ivar failed: tasks that ended with an error
+    :ivar failed_steps: steps of the optimizer that raised; callers got their gradients all the same
     """
 
     forward_rows: int = 0
@@ -27,6 +28,7 @@ class ExpertStatistics:
     backward_batches: int = 0
     pending: int = 0
     failed: int = 0
+    failed_steps: int = 0
 
     @property
     def rows(self) -> int:
@@ -86,6 +88,7 @@ def sum_statistics(statistics: Iterable[ExpertStatistics]) -> ExpertStatistics:
         backward_batches=sum(one.backward_batches for one in counters),
         pending=sum(one.pending for one in counters),
         failed=sum(one.failed for one in counters),
+        failed_steps=sum(one.failed_steps for one in counters),
     )
 
 

@@ -29,6 +29,11 @@ def test_line_names_the_busiest_first() -> None:
     )
 
 
+def test_line_tells_of_steps_that_failed() -> None:
+    broken = ServerStatistics(experts={"ffn.0": ExpertStatistics(failed_steps=2)})
+    assert ", 2 optimizer steps failed | " in progress_line(broken, served_rates(IDLE, broken, elapsed_s=2.0))
+
+
 def test_idle_line_shows_zeros() -> None:
     line = progress_line(IDLE, served_rates(IDLE, IDLE, elapsed_s=2.0))
     assert "serving 0.0 rows/s forward, 0.0 rows/s backward" in line

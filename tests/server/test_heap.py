@@ -35,6 +35,14 @@ def test_a_request_that_takes_long_is_no_idle_time() -> None:
     assert not trims
 
 
+def test_what_was_held_and_is_dropped_is_given_back() -> None:
+    trims: list[int] = []
+    trimmer = HeapTrimmer(lambda: trims.append(1))
+    for now, held_bytes in enumerate((0, 10, 10, 10, 0, 0, 0, 0)):
+        trimmer.look(0, False, now * IDLE_BEFORE_TRIM_S, held_bytes)
+    assert len(trims) == 1
+
+
 def test_requests_that_come_and_go_between_two_looks_count_as_work() -> None:
     trims: list[int] = []
     trimmer = HeapTrimmer(lambda: trims.append(1))

@@ -8,11 +8,12 @@ from moe.server.stats import ExpertRates, ExpertStatistics, ServerStatistics, se
 
 
 def test_totals() -> None:
-    one = ExpertStatistics(forward_rows=10, backward_rows=4, forward_batches=2, backward_batches=1, pending=3, failed=1)
+    one = ExpertStatistics(forward_rows=10, backward_rows=4, forward_batches=2, backward_batches=1, pending=3, failed=1,
+                           failed_steps=1)  # fmt: skip
     assert (one.rows, one.batches) == (14, 3)
     assert sum_statistics([]) == ServerStatistics().total == ExpertStatistics()
     assert ServerStatistics(experts={"a.0": one, "a.1": one}).total == ExpertStatistics(
-        forward_rows=20, backward_rows=8, forward_batches=4, backward_batches=2, pending=6, failed=2
+        forward_rows=20, backward_rows=8, forward_batches=4, backward_batches=2, pending=6, failed=2, failed_steps=2
     )
 
 
