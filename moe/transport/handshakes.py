@@ -42,6 +42,7 @@ _HELLO_BYTES = HEADER_BYTES + SECRET_BYTES
 _HELLO_HEAD = encode_frame(HELLO, 0, bytes(SECRET_BYTES))[:HEADER_BYTES]
 _ACCEPT_AT_ONCE = 8
 _PAUSE_S = 0.5  # of a listener, when no more connections can be had
+_PORTS_TRIED = 10  # for one that is free at several addresses
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 # --- dialing: blocking, each in a thread -----------------------------------------------------------------------------------
@@ -459,9 +460,16 @@ os.register_at_fork(after_in_child=_after_fork)
 def listening_sockets(hosts: Sequence[str], port: int) -> list[socket.socket]:
     """TCP sockets bound to one port at each of some addresses of this host.
 
-    :param port: 0: any that is free
+    :param port: 0: any that is free at all of them
     :raises OSError: the port is taken, or an address is not ours
     """
+    for _ in range(_PORTS_TRIED if port == 0 else 0):
+        with contextlib.suppress(OSError):  # free at the first address, taken at another
+            return _bound(hosts, port)
+    return _bound(hosts, port)
+
+
+def _bound(hosts: Sequence[str], port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         for host in dict.fromkeys(hosts):
