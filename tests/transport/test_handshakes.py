@@ -277,10 +277,9 @@ def test_garbage_instead_of_a_handshake_harms_nobody(garbage: bytes) -> None:
     with lora_host() as host:
         own = host.ticket()
         for _ in range(5):
-            with socket.create_connection(own.addresses[0]) as sock:
-                with contextlib.suppress(OSError):  # it may have been cut off by now
-                    sock.sendall(garbage)
-                    sock.shutdown(socket.SHUT_WR)
+            with socket.create_connection(own.addresses[0]) as sock, contextlib.suppress(OSError):
+                sock.sendall(garbage)
+                sock.shutdown(socket.SHUT_WR)  # unless it has been cut off by now
         links_within(host, "tls", 3.0)
 
 
