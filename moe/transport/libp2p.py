@@ -738,6 +738,7 @@ class LibP2PServer:
     def _stream(self, method: str) -> Callable[..., Awaitable[None]]:
         async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             peer = info.peer_id.to_base58()
+            writer.transport.set_write_buffer_limits(high=0)  # what has been drained has left: see _close
             try:
                 with self._request(self._streams, peer):
                     if self._streams[peer] <= MAX_STREAMS_PER_PEER + _MAX_REFUSED_PER_PEER:

@@ -14,7 +14,7 @@ from moe.dht import DHT
 from moe.errors import CallTimeout, NonFiniteError, Refused
 from moe.expert_uid import ExpertInfo
 from moe.server.server import Server
-from moe.testing import FaultPlan, FaultyTransport
+from moe.testing import FaultPlan, FaultyTransport, check_idle
 from moe.transport.base import BACKWARD, FORWARD
 from moe.wire.messages import RequestHeader, new_request_id
 from tests.swarm.experts import WIDTH, make_backend
@@ -207,4 +207,4 @@ def test_many_large_answers_at_once(server: Server, raw: RawClient) -> None:
         await asyncio.gather(*(one(rows) for rows in (1, 2, 3, 4, 5, 1, 2, 8)))
 
     raw.run(all_of_them())
-    assert server.handler.inflight.bytes == 0
+    check_idle(server)

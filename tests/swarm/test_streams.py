@@ -16,6 +16,7 @@ from moe.config import HandlerConfig
 from moe.dht import DHT
 from moe.errors import DeadlineExceeded, Overloaded, ProtocolError, RemoteSchemaError
 from moe.server.server import Server
+from moe.testing import check_idle
 from moe.transport.base import FORWARD
 from moe.wire.hivemind_dialect import ExpertRequest, ExpertResponse
 from moe.wire.messages import RequestHeader, encode_header
@@ -220,7 +221,7 @@ def test_nonsense(server: Server, raw: RawClient, fault: str) -> None:
         await works(raw)
 
     raw.run(attack())
-    assert server.handler.inflight.bytes == 0
+    check_idle(server)
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def test_silence_ends_a_stream(server: Server, raw: RawClient, begun: bytes) -> 
                 await answer(reader)
 
     raw.run(attack())
-    assert server.handler.inflight.bytes == 0
+    check_idle(server)
 
 
 def test_a_byte_now_and_then_does_not_keep_a_stream_open(server: Server, raw: RawClient) -> None:
