@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from moe.server.heap import trim_heap
+
 PATIENCE_S = 5.0  # for what is ending by itself
 ALLOWED_THREADS = re.compile(
     r"hivemind\.utils\.mpfuture\.BACKEND|moe-client-loop"
@@ -29,6 +31,19 @@ ALLOWED_THREADS = re.compile(
 ALLOWED_CHILDREN = re.compile(r"torch_shm_manager|multiprocessing\.(resource_tracker|forkserver)")
 ALLOWED_DESCRIPTORS = re.compile(r"/dev/u?random|/dev/null|/dev/pts/\d+|/dev/shm/(torch_|pym-).*")  # shared heaps
 DESCRIPTORS_OF_A_SINGLETON = 24  # an event loop, its sockets to the libp2p daemon, a pipe; measured 3 to 13
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    size: int = psutil.Process().memory_info().rss
+    return size
+
+
+def held_bytes() -> int:
+    """Memory of this process that is held. (What tests have freed can stay in the heap of a process that lives long.)"""
+    gc.collect()
+    trim_heap()
+    return resident_bytes()
 
 
 @dataclass(frozen=True)

@@ -327,6 +327,7 @@ async def _write(
         await writer.drain()
         if pace is not None:
             pace.moved(len(piece))
+    await writer.drain()  # of a message without content, too
 
 
 def _close(writer: asyncio.StreamWriter) -> None:

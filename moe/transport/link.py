@@ -380,13 +380,11 @@ class Link:
         self._tell_left()
 
     def _tell_left(self) -> None:
+        """Tell of all that has left. More is likely to follow, and is told of within _TELL_WITHIN_S."""
+        if self._left and self._telling is None and not self.closed:
+            self._telling = self._loop.call_later(_TELL_WITHIN_S, self._tell_now)
         while self._left:
             self._left.popleft()()
-
-    def _tell_left_soon(self) -> None:
-        """Whatever leaves from now on is told of within _TELL_WITHIN_S."""
-        if self._telling is None and not self.closed:
-            self._telling = self._loop.call_later(_TELL_WITHIN_S, self._tell_now)
 
     def _tell_now(self) -> None:
         with self._sending:
@@ -472,7 +470,6 @@ class Link:
         self._turn_ends = monotonic() + _TURN_S
         try:
             self._tell_left()
-            self._tell_left_soon()
             self._parser.go_on()
             goes_on = self._takes_more()
             while goes_on and not self._parser.stopped:

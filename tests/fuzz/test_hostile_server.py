@@ -7,7 +7,6 @@ Run longer with ``FUZZ_SECONDS=600 FUZZ_SEED=7 pytest tests/fuzz/test_hostile_se
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import socket
@@ -16,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import psutil
 import torch
 
 from moe.chains import Chain
@@ -24,7 +22,6 @@ from moe.client.requests import Request, Terms
 from moe.config import ClientConfig
 from moe.errors import MoEError
 from moe.schema import BatchTensorProto, ExpertSchema
-from moe.server.heap import trim_heap
 from moe.transport.base import Call, Reply
 from moe.transport.direct import DirectClient
 from moe.transport.event_loop import EventLoopThread
@@ -42,6 +39,7 @@ from moe.wire.frames import (
 )
 from moe.wire.messages import ReplyHeader, WireError, encode_header
 from tests.fuzz.experts import SMALL_WIDTH
+from tests.leaks import held_bytes
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "6"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
@@ -197,16 +195,9 @@ def test_whatever_a_server_sends_a_call_ends_in_time() -> None:
             server.end()
             assert not client._waiting
             if not before and calls > 20:
-                before = resident()
+                before = held_bytes()
     finally:
         loop.stop()
     del client, server
     assert 0 < answers < calls, f"seed {SEED}: {calls} calls, {answers} answered"
-    assert resident() - before < 64 * MIB
-
-
-def resident() -> int:
-    gc.collect()
-    trim_heap()
-    size: int = psutil.Process().memory_info().rss
-    return size
+    assert held_bytes() - before < 64 * MIB

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import os
 import signal
 import socket
@@ -23,7 +22,6 @@ import torch
 
 from moe.errors import ExpertFailed, MoEError, Overloaded, PeerGone, ProtocolError, Refused
 from moe.schema import Compression
-from moe.server.heap import trim_heap
 from moe.transport import direct as direct_module
 from moe.transport import handshakes
 from moe.transport import link as link_module
@@ -53,6 +51,7 @@ from moe.wire.frames import (
 )
 from moe.wire.messages import ExpertDescription, RequestHeader, WireError, decode_reply_header, encode_header
 from tests.docs.markdown import ROOT, table_of
+from tests.leaks import held_bytes, resident_bytes
 
 MIB = 2**20
 
@@ -223,18 +222,6 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return condition()
 
 
-def rss() -> int:
-    """Memory of this process that is held. (What tests have freed can stay in the heap of a process that lives long.)"""
-    gc.collect()
-    trim_heap()
-    return resident()
-
-
-def resident() -> int:
-    size: int = psutil.Process().memory_info().rss
-    return size
-
-
 def test_bounds_are_those_of_the_documentation() -> None:
     for name, bound, _ in table_of(ROOT / "docs" / "protocol.md", "bounds of a link"):
         number, _, unit = bound.partition(" ")
@@ -373,14 +360,14 @@ def test_a_process_killed_at_any_point_leaves_nothing(host: Host, kind: str) -> 
 def test_a_request_that_does_not_arrive_within_its_time_is_refused_and_its_memory_freed(host: Host) -> None:
     sock = host.raw()
     header = RequestHeader(time_left_s=3.0)
-    before = rss()
+    before = held_bytes()
     sock.sendall(open_frame(1, "echo", 16 * MIB, header=header) + data(1, 32 * MIB))
     assert eventually(lambda: host.service.inflight.bytes == 64 * MIB)
-    assert eventually(lambda: resident() - before > 16 * MIB)
+    assert eventually(lambda: resident_bytes() - before > 16 * MIB)
     ((kind, number, payload),) = frames(sock, 1)
     assert (kind, number, error_of(payload).code) == (OPEN, 1, "deadline")
     host.nothing_left(links=1)
-    assert eventually(lambda: rss() - before < 8 * MIB)
+    assert eventually(lambda: held_bytes() - before < 8 * MIB)
     sock.sendall(data(1, 32 * MIB) + open_frame(2, "echo", 1) + data(2, 4))  # the rest is not wanted, the link lives on
     assert next(frames(sock, 1))[1] == 2
 
@@ -436,7 +423,7 @@ def test_a_peer_that_asks_and_hardly_reads_takes_its_share_and_no_more(reads: bo
 
     with Host(service) as host, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Admission, "admit", count_answers)
-        sock, before = host.raw(), rss()
+        sock, before = host.raw(), held_bytes()
         sock.settimeout(0.01)
         requests, sent = memoryview(b"".join(open_frame(n, "large", 1) + data(n, 4) for n in range(1, 5000))), 0
         deadline = time.monotonic() + 1.0
@@ -447,7 +434,7 @@ def test_a_peer_that_asks_and_hardly_reads_takes_its_share_and_no_more(reads: bo
                 with contextlib.suppress(TimeoutError):
                     sock.recv(2**16)
         assert service.inflight.bytes < 96 * MIB
-        assert rss() - before < 256 * MIB
+        assert held_bytes() - before < 256 * MIB
         with host.client() as client:  # others do not notice
             assert client.call_blocking(call("echo", torch.ones(3)), 10.0).tensors[0].shape == (3,)
         sock.close()
@@ -492,7 +479,7 @@ def test_the_memory_of_a_link_is_what_the_documentation_says(host: Host) -> None
     served = b"".join(open_frame(n, "hold", 1) + data(n, 4) for n in range(5000, 5000 + MAX_LINK_WEIGHT - 1))
     never_read = encode_frame(CANCEL, 1) * 10**6
     with host.raw() as sock:
-        before = rss()
+        before = held_bytes()
         sock.settimeout(1.0)
         for said in (refused, served, never_read):
             with contextlib.suppress(TimeoutError):
@@ -500,7 +487,7 @@ def test_the_memory_of_a_link_is_what_the_documentation_says(host: Host) -> None
         held = [admission for admission in host.service.admissions if not admission.released]
         assert len(held) == MAX_LINK_WEIGHT - 1
         host.service.admissions = held  # the fake's own
-        assert rss() - before < (64 + 384 + 2 * 1024 + 16 * MAX_LINK_WEIGHT + 4096 // 2) * 1024
+        assert held_bytes() - before < (64 + 384 + 2 * 1024 + 16 * MAX_LINK_WEIGHT + 4096 // 2) * 1024
 
 
 def test_calls_that_only_begin_to_arrive_are_refused_beyond_a_bound(host: Host) -> None:
@@ -512,14 +499,14 @@ def test_calls_that_only_begin_to_arrive_are_refused_beyond_a_bound(host: Host) 
 
 
 def test_large_headers_weigh_more(host: Host) -> None:
-    sock, before = host.raw(), rss()
+    sock, before = host.raw(), held_bytes()
     header = RequestHeader(present=tuple(f"{i:060}" for i in range(900)))  # 55 KiB
     with contextlib.suppress(TimeoutError):
         sock.settimeout(1.0)
         for n in range(1, 500):
             sock.sendall(open_frame(n, "hold", 1, header=header) + data(n, 4))
     assert 10 <= len(host.service.admissions) <= 25
-    assert rss() - before < 32 * MIB
+    assert held_bytes() - before < 32 * MIB
 
 
 @pytest.mark.parametrize(
@@ -537,7 +524,7 @@ def test_large_headers_weigh_more(host: Host) -> None:
 )
 @pytest.mark.parametrize("kind", ["unix", "tls"])
 def test_floods_take_little_memory_and_leave_nothing(host: Host, kind: str, flood: Callable[[int], bytes]) -> None:
-    sock, before = host.raw(kind=kind), rss()
+    sock, before = host.raw(kind=kind), held_bytes()
     sock.settimeout(0.02)
     n, pending, deadline = 1, b"", time.monotonic() + 0.7
     with contextlib.suppress(OSError):
@@ -549,7 +536,7 @@ def test_floods_take_little_memory_and_leave_nothing(host: Host, kind: str, floo
                 pending = pending[sock.send(pending) :]
             except TimeoutError:
                 time.sleep(0.01)
-    assert rss() - before < 48 * MIB
+    assert held_bytes() - before < 48 * MIB
     begin = time.monotonic()
     with host.client() as client:
         client.call_blocking(call("run", torch.ones(3)), 10.0)
@@ -633,7 +620,7 @@ def test_a_reply_much_larger_than_expected_is_the_calls_error_alone(
     hostile: tuple[DirectClient, socket.socket],
 ) -> None:
     client, server = hostile
-    before, errors = rss(), []
+    before, errors = held_bytes(), []
 
     def work() -> None:
         with pytest.raises(ProtocolError, match="much larger") as caught:
@@ -649,7 +636,7 @@ def test_a_reply_much_larger_than_expected_is_the_calls_error_alone(
         thread.join()
     assert len(errors) == 6
     assert not client.link.closed
-    assert rss() - before < 32 * MIB
+    assert held_bytes() - before < 32 * MIB
 
 
 def test_replies_larger_than_expected_are_bounded_together(hostile: tuple[DirectClient, socket.socket]) -> None:
@@ -692,7 +679,7 @@ def test_a_second_reply_to_a_call_cuts_the_server_off(hostile: tuple[DirectClien
 
 def test_a_reply_that_was_given_up_holds_no_memory(hostile: tuple[DirectClient, socket.socket]) -> None:
     client, server = hostile
-    before = rss()
+    before = held_bytes()
 
     def answer() -> None:
         time.sleep(0.1)
@@ -703,7 +690,9 @@ def test_a_reply_that_was_given_up_holds_no_memory(hostile: tuple[DirectClient, 
     with pytest.raises(MoEError):
         client.call_blocking(call("echo", torch.ones(1)), 1.0)
     thread.join()
-    assert eventually(lambda: rss() - before < 40 * MIB), f"{(rss() - before) / MIB:.1f} MiB more, {client.link}"
+    assert eventually(lambda: held_bytes() - before < 40 * MIB), (
+        f"{(held_bytes() - before) / MIB:.1f} MiB more, {client.link}"
+    )
     assert not client.link.closed
 
 
