@@ -270,6 +270,7 @@ def start_dht(initial_peers: Sequence[Any] = (), *, start_timeout_s: float = 30.
         except Exception as e:
             raise ConfigError(f"initial_peers: {str(address)!r} is not an address like /ip4/.../p2p/...: {e}") from None
     deadline = time.monotonic() + start_timeout_s
+    tempfile.gettempdir()  # the process will look it up, too: under a lock that another thread must not hold during the fork
     dht: DHT | None = None
     try:
         with _signals_wait():

@@ -85,27 +85,17 @@ class Swarm(NamedTuple):
 
 @pytest.fixture(scope="package")
 def swarm() -> Iterator[Swarm]:
-    """One swarm for all tests. Stock servers sometimes hang at their start (they fork while they have threads): then there
-    are other tries."""
+    """One swarm for all tests."""
     torch.manual_seed(1)
     with contextlib.ExitStack() as stack:
         stock = StockPeer()  # imports while ours starts
-        stack.callback(lambda: stock.close())
+        stack.callback(stock.close)
         server = Server(start_dht(host_maddrs=HOST_MADDRS), _backends(), start=True)
         stack.callback(server.shutdown)
         initial_peers = visible_addresses(server.dht)
         dht = start_dht(initial_peers, host_maddrs=HOST_MADDRS)
         stack.callback(stop_dht, dht)
-        for tries_left in (2, 1, 0):
-            try:
-                stock.join(initial_peers)
-                break
-            except RuntimeError as e:
-                if not tries_left:
-                    raise
-                print(e)  # noqa: T201, pytest shows it if a test fails
-                stock.close()
-                stock = StockPeer()
+        stock.join(initial_peers)
         # The next announcement, brought forward: stock clients trust the node next to them, which has joined after the
         # first one, and so knows only what stock servers have stored in the grid that both host.
         declare_experts(server.dht, list(server.expert_backends))

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_MADDRS = ["/ip4/127.0.0.1/tcp/0"]
-START_TIMEOUT_S = 40.0  # for importing torch and hivemind, and forking two processes per stock expert
+START_TIMEOUT_S = 90.0  # for importing torch and hivemind, and forking two processes per stock expert
 CALL_TIMEOUT_S = 30.0
 
 STOCK_UIDS = {

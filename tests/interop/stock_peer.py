@@ -11,6 +11,7 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -172,6 +173,7 @@ class Client:
 
 def main() -> None:
     faulthandler.register(signal.SIGUSR1)  # here and in all that is forked: where each thread is, for the log
+    tempfile.gettempdir()  # looked up under a lock: a child forked while a thread of the stock server holds it waits for ever
     connection = Connection(int(sys.argv[1]))
     torch.set_num_threads(1)
     torch.manual_seed(0)
