@@ -49,7 +49,7 @@ _HONOURED = _SIZES | _names(
     embedding_multiplier enable_bias eos_token_id final_logit_softcapping finetuning_task global_attn_every_n_layers
     global_rope_theta hidden_act hidden_activation hidden_dropout hidden_dropout_prob id2label init_std
     initializer_cutoff_factor initializer_range is_causal is_decoder label2id layer_norm_elementwise_affine layer_norm_eps
-    layer_norm_epsilon layer_types layerdrop local_attention local_rope_theta logits_scaling mask_token_id max_window_layers
+    layer_norm_epsilon layer_types local_attention local_rope_theta logits_scaling mask_token_id max_window_layers
     mlp_bias mlp_dropout model_type multi_query new_decoder_architecture norm_bias norm_eps norm_epsilon num_labels
     num_ln_in_parallel_attn original_max_position_embeddings pad_token_id parallel_attn partial_rotary_factor problem_type
     qa_dropout qk_layernorm query_pre_attn_scalar reorder_and_upcast_attn repad_logits_with_grad resid_pdrop
@@ -81,6 +81,7 @@ _WITHOUT_EFFECT = _names(
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "_attn_implementation": (None, *ATTENTIONS),
     "attn_implementation": (None, *ATTENTIONS),
+    "layerdrop": (None, 0, 0.0),  # in training, transformers would leave out blocks at random
     "position_embedding_type": (None, "absolute"),
 }
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})

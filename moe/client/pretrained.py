@@ -75,12 +75,14 @@ class _Call:
     """What the blocks get of a call beside the hidden states.
 
     :ivar prefix: P
-    :ivar given: what the model without its head was given: ``attention_mask``, ``position_ids``
+    :ivar given: what the model around the blocks was given: ``attention_mask``, ``position_ids``
+    :ivar cached: whether transformers would keep a cache, with which it does not tell sequences in one row apart
     """
 
     block_kwargs: BlockKwargs | None = None
     prefix: int = 0
     given: dict[str, Any] = field(default_factory=dict)
+    cached: bool = False
 
 
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)  # of the DistributedModel that this thread is in
@@ -114,9 +116,9 @@ class DistributedModel(nn.Module):
         self.block_path: str = names[0]  # such as bert.encoder.layer: what adapters of other libraries call the blocks
         parent, _, attribute = self.block_path.rpartition(".")
         setattr(local.get_submodule(parent), attribute, nn.ModuleList([_RemoteBlocks(blocks, architecture)]))
-        base = local.base_model
-        base.register_forward_pre_hook(_note_inputs, with_kwargs=True)
-        base.register_forward_hook(_forget_prefix)
+        owner = _owner_of(local, self.block_path)
+        owner.register_forward_pre_hook(_note_inputs, with_kwargs=True)
+        owner.register_forward_hook(_forget_prefix)
 
     @classmethod
     def from_pretrained(
@@ -249,29 +251,41 @@ def check_inputs(given: Mapping[str, Any]) -> None:
 # --- before and in the blocks -----------------------------------------------------------------------------------------
 
 
-def _note_inputs(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Note which mask and positions the model without its head is given: a head may have changed them.
+def _owner_of(local: Any, block_path: str) -> Any:
+    """The innermost model of transformers around the blocks: it makes their masks, whatever heads do before."""
+    path = block_path.split(".")
+    around = (local.get_submodule(".".join(path[:depth])) for depth in range(len(path) - 1, -1, -1))
+    return next(module for module in around if isinstance(module, import_transformers().PreTrainedModel))
 
-    A learned prefix is in front of its positions, as if it were in a cache.
+
+def _note_inputs(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Note which mask and positions the model around the blocks is given: a head may have changed them.
+
+    A learned prefix is in front of its positions, as if it were in a cache; else there is none.
     """
     call = _call.get()
     if call is None:  # the local model was called by itself: without adapters
         call = _Call()
         _call.set(call)
-    given = _by_name(base.forward, args, kwargs)
+    given = _by_name(owner.forward, args, kwargs)
     for name in NOT_KEPT:
         if given.get(name) not in (None, False):
             raise SchemaError(f"{name}: not available, because the blocks are on other machines; pass {name}=False")
     call.given = {name: given.get(name) for name in ("attention_mask", "position_ids")}
-    if call.prefix and "past_key_values" in inspect.signature(base.forward).parameters:
+    takes = inspect.signature(owner.forward).parameters
+    cached = given.get("use_cache", getattr(owner.config, "use_cache", False)) is not False
+    call.cached = cached and not (owner.training and getattr(owner, "gradient_checkpointing", False))
+    if "use_cache" in takes:
+        given["use_cache"] = False
+    if call.prefix and "past_key_values" in takes:
+        given["past_key_values"] = _LearnedPrefix(call.prefix)
         mask = given.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             given["attention_mask"] = nn.functional.pad(mask, (call.prefix, 0), value=1)
-        return (), {**given, "past_key_values": _LearnedPrefix(call.prefix)}
-    return args, kwargs
+    return (), given
 
 
-def _forget_prefix(base: Any, args: Any, output: Any) -> Any:
+def _forget_prefix(owner: Any, args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(part for part in output if not isinstance(part, _LearnedPrefix))
     if isinstance(getattr(output, "past_key_values", None), _LearnedPrefix):
@@ -355,6 +369,13 @@ class _RemoteBlocks(nn.Module):
             shared["attention_mask_4d" if made.dtype == torch.bool else "attention_bias"] = made
         if positions is not None and (self.architecture.rotary or (self.architecture.packed and mask is None)):
             shared["position_ids"] = _row_wise("position_ids", positions)
+            several = self.architecture.packed and mask is None and bool((shared["position_ids"].diff() != 1).any())
+            if several and call.cached and not call.prefix:
+                raise SchemaError(
+                    "position_ids: expected steps of one, got others. Without an attention_mask, transformers takes them for "
+                    "several sequences in one row if there is no cache, else not: pass use_cache=False if they are, or an "
+                    "attention_mask of ones if they are not"
+                )
         return shared
 
 
@@ -438,7 +459,7 @@ def _load_local(folder: Path, config: Any, architecture: Architecture, model_cla
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise ConfigError(f"model_path: {bad[0]} of {folder} has values that are not finite")
-    config.num_hidden_layers, config.use_cache = architecture.fewest_blocks, False
+    config.num_hidden_layers = architecture.fewest_blocks
     if dtype is None:
         dtype = config.dtype or next((t.dtype for t in state.values() if t.is_floating_point()), None) or "auto"
     transformers = import_transformers()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,42 +18,11 @@ from torch.testing import assert_close
 from moe import DeepPrompts, DistributedModel, LoraAdapter, PrefixAdapter, SchemaError
 from moe.client.pretrained import block_kwargs_of
 from moe.errors import ConfigError, MissingBlocks, Unsupported
-from moe.server.expert_backend import ExpertBackend
-from moe.server.pretrained import PretrainedModel
-from moe.testing import MemorySwarm, memory_swarm
 from tests.client.sequence_swarm import QUICK, FixedRouter
-from tests.pretrained import LAYERS, MODELS, padding_mask, save_model, token_ids
+from tests.hosted import TOLERANCE, Hosted, assert_same_outputs, hosted
+from tests.pretrained import LAYERS, MODELS, padding_mask, token_ids
 
-TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 HIDDEN = 32
-
-
-class Hosted(NamedTuple):
-    """A model on disk, its blocks on two servers, and the whole model here."""
-
-    folder: Path
-    backends: list[ExpertBackend]
-    swarm: MemorySwarm
-    router: FixedRouter
-    local: Any
-
-    def distributed(self, **options: Any) -> DistributedModel:
-        return DistributedModel.from_pretrained(
-            self.folder, self.swarm.transport, config=QUICK, manager=self.router, **options
-        )
-
-
-@contextlib.contextmanager
-def hosted(kind: str, folder: Path, **options: Any) -> Iterator[Hosted]:
-    save_model(kind, folder, **options)
-    model = PretrainedModel(folder)
-    blocks = [model.load_block(index) for index in range(LAYERS)]
-    backends = [ExpertBackend(f"block.{i}", block, **block.backend_options()) for i, block in enumerate(blocks)]
-    servers = [{b.name: b for b in backends[:2]}, {b.name: b for b in backends[2:]}]
-    router = FixedRouter([b.name for b in backends], {f"server{i}": set(own) for i, own in enumerate(servers)})
-    model_class: Any = MODELS[kind][1]
-    with memory_swarm(*servers) as swarm:
-        yield Hosted(folder, backends, swarm, router, model_class.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -76,13 +44,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
     """A decoder."""
     with hosted("llama", tmp_path_factory.mktemp("llama")) as made:
         yield made
-
-
-def assert_same_outputs(got: Any, expected: Any) -> None:
-    assert type(got) is type(expected)
-    assert set(got) == set(expected) - {"past_key_values"}
-    for name in got:
-        assert_close(got[name], expected[name], **TOLERANCE)
 
 
 # --- as the model of transformers ---------------------------------------------------------------------------------------
