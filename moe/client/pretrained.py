@@ -119,6 +119,9 @@ class DistributedModel(nn.Module):
         owner = _owner_of(local, self.block_path)
         owner.register_forward_pre_hook(_note_inputs, with_kwargs=True)
         owner.register_forward_hook(_forget_prefix)
+        # torch has public names for these since 2.5
+        self._register_state_dict_hook(_drop_tied)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(_add_tied, with_module=True)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(
@@ -273,7 +276,8 @@ def _note_inputs(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             raise SchemaError(f"{name}: not available, because the blocks are on other machines; pass {name}=False")
     call.given = {name: given.get(name) for name in ("attention_mask", "position_ids")}
     takes = inspect.signature(owner.forward).parameters
-    cached = given.get("use_cache", getattr(owner.config, "use_cache", False)) is not False
+    cached = given.get("use_cache")  # None: as the configuration says
+    cached = bool(getattr(owner.config, "use_cache", False) if cached is None else cached)
     call.cached = cached and not (owner.training and getattr(owner, "gradient_checkpointing", False))
     if "use_cache" in takes:
         given["use_cache"] = False
@@ -291,6 +295,25 @@ def _forget_prefix(owner: Any, args: Any, output: Any) -> Any:
     if isinstance(getattr(output, "past_key_values", None), _LearnedPrefix):
         output.past_key_values = None
     return output
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that have another name, too: name -> first name."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: of for name, parameter in named if (of := first.setdefault(id(parameter), name)) != name}
+
+
+def _drop_tied(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state dict has each tensor once, as formats want it that do not know of shared memory."""
+    for name in _tied(model):
+        state.pop(prefix + name, None)
+
+
+def _add_tied(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, first in _tied(model).items():
+        if prefix + name not in state and prefix + first in state:
+            state[prefix + name] = state[prefix + first]
 
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

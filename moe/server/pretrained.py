@@ -70,6 +70,9 @@ class PretrainedBlock(nn.Module):
         self.added_mask = (
             architecture.alibi or config._attn_implementation == "eager"
         )  # masks are numbers, not booleans
+        takes = inspect.signature(self.layer.forward).parameters
+        pasts = [] if architecture.alibi else [name for name in ("past_key_values", "layer_past") if name in takes]
+        self.past_name = pasts[0] if pasts else None  # what the layer calls a cache
         self.hidden_size: int = config.hidden_size
         self.heads: int = config.num_attention_heads
         self.max_length = _max_length(config, architecture)
@@ -104,7 +107,7 @@ class PretrainedBlock(nn.Module):
             rotated = BatchTensorProto(None, cosines.shape[-1], dtype=dtype)
             kwargs["position_embeddings"] = (rotated, rotated)
         kwargs["prompt"] = BatchTensorProto(None, self.hidden_size)
-        if "past_key_values" in inspect.signature(self.layer.forward).parameters:
+        if self.past_name is not None:
             kwargs["prefix"] = {"key": TensorProto(None, self.key_size), "value": TensorProto(None, self.key_size)}
         for name, linear in self.linears():
             down, up = TensorProto(linear.in_features, None), TensorProto(None, linear.out_features)
@@ -158,7 +161,9 @@ class PretrainedBlock(nn.Module):
         layer_kwargs: dict[str, Any] = {}
         if prefix is not None:
             before = _same_length("prefix['key']", prefix["key"], "prefix['value']", prefix["value"])
-            layer_kwargs["past_key_values"] = _Prefix(prefix["key"], prefix["value"])
+            if self.past_name is None:
+                raise SchemaError("prefix: not available for models of this type")
+            layer_kwargs[self.past_name] = _Prefix(prefix["key"], prefix["value"])
         self._check_lengths(length, before, attention_mask=attention_mask, position_ids=position_ids)
         if prompt is not None:
             learned = prompt.shape[1]
