@@ -102,18 +102,19 @@ def read_config(folder: str | os.PathLike[str], **settings: Any) -> Any:
             f"models of type {kind!r} cannot be hosted ({where}); those of these types can: {', '.join(ARCHITECTURES)}"
         )
     auto_config = import_transformers().AutoConfig
-    _check_sizes({**written, **settings}, where)
-    try:
-        config = auto_config.from_pretrained(
-            os.fspath(folder), local_files_only=True, trust_remote_code=False, **settings
-        )
-    except Exception as e:  # of whatever is wrong with the file
-        raise ConfigError(f"model_path: cannot read {where}: {e}") from e
-    for problem in _unknown_fields({**written, **settings}, type(config)):
+    for problem in _unknown_fields({**written, **settings}, auto_config.for_model(kind)):
         raise ConfigError(
             f"this {kind} model cannot be hosted: {where} has {problem}, of which this version does not know what it does. "
             "If the model does not need it, remove it from the file"
+            if problem.partition(":")[0] not in settings
+            else f"{problem}: there is no such setting of a {kind} model, or this version does not know what it does"
         )
+    _check_sizes({**written, **settings}, where)
+    known = {name: value for name, value in settings.items() if name in _HONOURED | _WITHOUT_EFFECT | _NEUTRAL.keys()}
+    try:
+        config = auto_config.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False, **known)
+    except Exception as e:  # of whatever is wrong with the file
+        raise ConfigError(f"model_path: cannot read {where}: {e}") from e
     architecture_of(config)
     return config
 
@@ -201,9 +202,12 @@ def _check_sizes(fields: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"model_path: {where}: {name} is 0, expected an integer from 1 to {limit}")
 
 
-def _unknown_fields(fields: Mapping[str, Any], config_class: Any) -> Iterator[str]:
-    """Those that would change the numbers, or may: ``name: value``."""
-    defaults = config_class().to_dict()
+def _unknown_fields(fields: Mapping[str, Any], default: Any) -> Iterator[str]:
+    """Those that would change the numbers, or may: ``name: value``.
+
+    :param default: configuration of the family
+    """
+    defaults = default.to_dict()
     for name, value in fields.items():
         if name in _NEUTRAL:
             allowed = value in _NEUTRAL[name]

@@ -391,8 +391,8 @@ class PretrainedModel:
                     weights[current] = tensor
         if not weights and elsewhere:
             raise ConfigError(
-                f"model_path: the weights of {self.folder} are called {elsewhere[0]}{own}..., expected {prefixes[1]}... or "
-                f"{own}...: transformers would not find them either"
+                f"model_path: the weights of {self.folder} are called {elsewhere[0]}{own}*, expected {prefixes[1]}* or {own}*: "
+                "transformers would not find them either"
             )
         return weights
 

@@ -54,7 +54,7 @@ def compare_with_transformers(block: Checked, config: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         size = model.get_input_embeddings().embedding_dim
         inputs = torch.randn(2, _LENGTH, size, generator=generator).to(dtype)
-        with _small_window(block, model):
+        with _small_window(block, model), torch.enable_grad():
             for case, given in _cases(model).items():
                 expected, hidden = _by_transformers(block, model, inputs, given)
                 got = _by_block(block, hidden, given)
