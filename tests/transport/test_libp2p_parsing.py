@@ -420,12 +420,22 @@ def test_a_reply_is_bounded_in_all_and_not_by_tensor() -> None:
         libp2p._ReplyGate(1000, {Compression.NONE}).admit(0, (1,), "float32", Compression.FLOAT16)
 
 
-def test_an_answer_has_left_before_its_stream_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more_bytes", (0, 5000))
+def test_an_answer_has_left_before_its_stream_is_closed(more_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a reader that takes its time gets the beginning, and takes it for the whole (stock hivemind does)."""
-    message = ExpertResponse(metadata=bytes(8 * 2**20))
+    message = ExpertResponse(metadata=bytes(2**18 + more_bytes))
+
+    def read_slowly(connection: socket.socket) -> int:
+        received = 0
+        connection.settimeout(10.0)
+        while piece := connection.recv(2**12):
+            received += len(piece)
+            time.sleep(0.001)
+        return received
 
     async def run() -> int:
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
         reader, writer = await asyncio.open_connection(sock=ours)
         server = libp2p.LibP2PServer("", cast(Any, None))
 
@@ -435,11 +445,9 @@ def test_an_answer_has_left_before_its_stream_is_closed(monkeypatch: pytest.Monk
         monkeypatch.setattr(server, "_serve_stream", answer)
         peer = SimpleNamespace(peer_id=SimpleNamespace(to_base58=lambda: "peer"))
         serving = asyncio.ensure_future(server._stream("forward")(peer, reader, writer))
-        theirs_reader, theirs_writer = await asyncio.open_connection(sock=theirs)
-        await asyncio.sleep(0.1)  # more is written meanwhile than the socket takes
-        received = len(await theirs_reader.read())
+        received = await asyncio.to_thread(read_slowly, theirs)
         await serving
-        theirs_writer.close()
+        theirs.close()
         return received
 
     assert asyncio.run(run()) > message.ByteSize()
