@@ -383,13 +383,17 @@ class _RemoteBlocks(nn.Module):
         elif mask is not None and made is not None:
             if made.ndim != 4 or not (made.dtype == torch.bool or made.is_floating_point()):
                 raise SchemaError(
-                    f"attention_mask: expected (rows, {length}), or booleans or floats (rows, 1 or heads, "
-                    f"{length}, {length}), got {made.dtype} {tuple(made.shape)}"
+                    f"attention_mask: expected (rows, {length}), or booleans or floats (rows, 1 or heads, {length}, {length}), "
+                    f"got {made.dtype} {tuple(made.shape)}"
                 )
-            made = made.expand(len(hidden_states), -1, -1, -1)
+            made = made.expand(len(hidden_states), -1, length if made.shape[2] == 1 else -1, -1)
             if call.prefix and made.shape[-1] == length:
                 made = nn.functional.pad(made, (call.prefix, 0), value=made.dtype == torch.bool)
             shared["attention_mask_4d" if made.dtype == torch.bool else "attention_bias"] = made
+        rows = len(hidden_states)
+        reshaped = mask is not None and self.architecture.causal and self.architecture.rotary is None and mask.ndim < 4
+        if reshaped and mask.shape != (rows, mask.shape[-1]):  # GPT-2 would take its numbers for others'
+            raise SchemaError(f"attention_mask: expected ({rows}, {length}), as the inputs, got {tuple(mask.shape)}")
         if positions is not None and (self.architecture.rotary or (self.architecture.packed and mask is None)):
             shared["position_ids"] = _row_wise("position_ids", positions)
             several = self.architecture.packed and mask is None and bool((shared["position_ids"].diff() != 1).any())
