@@ -391,9 +391,11 @@ class _RemoteBlocks(nn.Module):
                 made = nn.functional.pad(made, (call.prefix, 0), value=made.dtype == torch.bool)
             shared["attention_mask_4d" if made.dtype == torch.bool else "attention_bias"] = made
         rows = len(hidden_states)
-        reshaped = mask is not None and self.architecture.causal and self.architecture.rotary is None and mask.ndim < 4
-        if reshaped and mask.shape != (rows, mask.shape[-1]):  # GPT-2 would take its numbers for others'
-            raise SchemaError(f"attention_mask: expected ({rows}, {length}), as the inputs, got {tuple(mask.shape)}")
+        reshapes = self.architecture.causal and self.architecture.rotary is None
+        if reshapes and mask is not None and mask.ndim < 4 and mask.shape != (rows, mask.shape[-1]):
+            raise SchemaError(  # GPT-2 would take its numbers for others'
+                f"attention_mask: expected ({rows}, {length}), as the inputs, got {tuple(mask.shape)}"
+            )
         if positions is not None and (self.architecture.rotary or (self.architecture.packed and mask is None)):
             shared["position_ids"] = _row_wise("position_ids", positions)
             several = self.architecture.packed and mask is None and bool((shared["position_ids"].diff() != 1).any())
