@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from moe.config import HandlerConfig, ServerConfig, replace_known
 from moe.dht import DHT, Announcer, ServerInfo, check_uids, resolve_p2p, stop_dht, visible_addresses
 from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
+from moe.lazy import lazy_names
 from moe.server.assembly import ServerParts, assemble
 from moe.server.authorization import Authorizer
 from moe.server.blocks import BlockSource
@@ -41,6 +42,12 @@ from moe.transport.direct import DirectServer
 from moe.transport.event_loop import EventLoopThread
 from moe.transport.libp2p import LibP2PServer
 from moe.version import __version__
+
+if TYPE_CHECKING:
+    from moe.server.background import background_server as background_server
+
+# It needs this module, and hivemind's users know it from here.
+__getattr__, __dir__, _ = lazy_names(__name__, {"moe.server.background": ("background_server",)})
 
 logger = logging.getLogger(__name__)
 
