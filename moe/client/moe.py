@@ -29,6 +29,7 @@ from moe.client.references import KeptRows
 from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
 from moe.client.requests import Gradients
 from moe.config import ClientConfig, check_positive, replace_known
+from moe.dht import check_dht
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
 from moe.expert_uid import ExpertInfo
 from moe.schema import ExpertSchema, Nested
@@ -151,6 +152,7 @@ class RemoteMixtureOfExperts(RemoteModule):
         beam_search: BeamSearcher | None = None,
     ):
         super().__init__()
+        check_dht(dht)
         self.dht = dht
         self.k_best, self.k_min, self.backward_k_min = k_best, k_min, backward_k_min
         self.forward_timeout, self.backward_timeout = forward_timeout, backward_timeout

@@ -1,4 +1,4 @@
-"""The import path hivemind's users know for ``declare_experts`` (of ``moe.dht``) and ``get_experts`` (``moe.client.expert``)."""
+"""The import path hivemind's users know for declaring experts (``moe.dht``) and finding them (``moe.client.expert``)."""
 
 from __future__ import annotations
 
