@@ -21,7 +21,7 @@ from moe.client.remote_module import RemoteModule, check_differentiable, differe
 from moe.client.requests import Described, Gradients
 from moe.config import TRANSPORTS, ClientConfig
 from moe.dht import DHT, FoundExpert, check_dht, find_experts, resolve_p2p
-from moe.errors import ConfigError, LifecycleError, ProtocolError, SchemaError
+from moe.errors import LifecycleError, ProtocolError, SchemaError
 from moe.expert_uid import ExpertInfo, PeerIDLike
 from moe.schema import ExpertSchema, Nested, cast_inputs
 from moe.transport.auto import AutoTransport
@@ -72,8 +72,8 @@ def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> Ex
 
 
 class _Nowhere:
-    """The transport of experts that were made without anything to call through: hivemind's programs make such for scores
-    of experts that they never call."""
+    """The transport of experts that were made without anything to call, or to call through: hivemind's programs make such to
+    compute scores of experts that they never call."""
 
     async def info(self, peer: PeerIDLike, uid: str, *, timeout_s: float | None) -> ExpertDescription:
         """See ExpertTransport."""
@@ -87,10 +87,10 @@ class _Nowhere:
         """Nothing to close."""
 
     @staticmethod
-    def _error(uid: str) -> ConfigError:
-        return ConfigError(
-            "this expert was made with p2p=None and cannot be called; make it with a DHT: RemoteExpert(info, dht), or "
-            "get_experts(dht, [uid])",
+    def _error(uid: str) -> LifecycleError:
+        return LifecycleError(
+            "this expert cannot be called: it was made with p2p=None, or without a peer id. Make it with a DHT and the peer id "
+            "of its server, RemoteExpert(info, dht), or let it be found: get_experts(dht, [uid])",
             uid=uid,
         )
 
@@ -110,8 +110,8 @@ class RemoteExpert(RemoteModule):
     first input. A backward sends gradients of exactly the inputs that require them, and trains the expert, once.
 
     :param expert_info: uid and peer id
-    :param p2p: what to call through: a DHT, hivemind's P2P (``await dht.replicate_p2p()``), or an ExpertTransport; None: it
-        cannot be called, and says so then
+    :param p2p: what to call through: a DHT, hivemind's P2P (``await dht.replicate_p2p()``), or an ExpertTransport; None: calls
+        raise LifecycleError
     :param replicas: further servers of the same expert, tried when the first one fails
     :param config: deadlines, retries; a failing call raises within ``config.total_timeout_s``
     """
@@ -129,9 +129,8 @@ class RemoteExpert(RemoteModule):
         super().__init__()
         self._info = ExpertInfo(*expert_info)
         self.config = config or ClientConfig()
-        self.caller = ExpertCaller(
-            self._info.uid, [self._info.peer_id, *replicas], transport_of(p2p, self.config.transport), self.config
-        )
+        transport = transport_of(p2p if self._info.peer_id is not None else None, self.config.transport)
+        self.caller = ExpertCaller(self._info.uid, [self._info.peer_id, *replicas], transport, self.config)
 
     @property
     def uid(self) -> str:

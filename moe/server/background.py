@@ -21,6 +21,7 @@ from moe.config import ServerConfig
 from moe.dht import PeerInfo, visible_peer
 from moe.errors import LifecycleError
 from moe.server.layers import name_to_block
+from moe.server.layers.custom_experts import take_over_hiveminds
 from moe.server.server import Server
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def background_server(
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=True)
+    take_over_hiveminds()
     modules = sorted({block.__module__ for block in name_to_block.values()} - {"__main__"})
     process = context.Process(target=_serve, args=(theirs, modules, args, kwargs), name="moe-background-server")
     try:

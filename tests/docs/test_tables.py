@@ -25,16 +25,9 @@ CONFIGS = (config.ClientConfig, config.ServerConfig, config.PoolConfig, config.H
 
 
 def error_classes(cls: type[errors.MoEError] = errors.MoEError) -> list[type[errors.MoEError]]:
-    """The tree, depth first."""
-    return [
-        cls,
-        *(
-            found
-            for child in cls.__subclasses__()
-            if child.__module__ == "moe.errors"
-            for found in error_classes(child)
-        ),
-    ]
+    """The tree, depth first, in the order in which it is written."""
+    children = [c for c in vars(errors).values() if isinstance(c, type) and cls in c.__bases__]
+    return [cls, *(found for child in children for found in error_classes(child))]
 
 
 def first_sentence(text: str | None) -> str:

@@ -1,7 +1,8 @@
 """The registry of expert classes. Owns: what can be hosted by name, its schema, and loading users' files.
 
 A class is registered in one of two forms: hivemind's, with a function that makes sample inputs, or with a function that
-gives its schema, which can also describe global and optional kwargs.
+gives its schema, which can also describe global and optional kwargs. Classes that a program has registered with hivemind's own
+function of the same name are taken over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ExpertClass = TypeVar("ExpertClass", bound=Callable[..., nn.Module])
 name_to_block: dict[str, Callable[..., nn.Module]] = {}
 name_to_input: dict[str, SampleInput] = {}
 name_to_schema: dict[str, SchemaFunction] = {}
+
+_HIVEMINDS = "hivemind.moe.server.layers"  # has a registry of its own; never imported here
 
 
 def register_expert_class(
@@ -106,8 +109,11 @@ def build_expert(expert_cls: str, hidden_dim: int) -> nn.Module:
 def add_custom_models_from_file(path: str | Path) -> ModuleType:
     """Execute a Python file that registers expert classes; a second time it is not executed again.
 
+    It may as well use hivemind's ``register_expert_class``.
+
     :returns: the module, which is also in ``sys.modules``
-    :raises ConfigError: if the file is missing, or its code fails; then none of its classes stay registered
+    :raises ConfigError: if the file is missing, its code fails, or it gives a class a name that is taken; then none of its
+        classes stay registered
     """
     file = Path(path).resolve()
     if not file.is_file():
@@ -119,11 +125,12 @@ def add_custom_models_from_file(path: str | Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"custom experts are a Python file, got {str(path)!r}")
     module = importlib.util.module_from_spec(spec)
-    registries: tuple[dict[str, Any], ...] = (name_to_block, name_to_input, name_to_schema)
+    registries: tuple[dict[str, Any], ...] = (name_to_block, name_to_input, name_to_schema, *_hiveminds_registries())
     registered_before = [dict(registry) for registry in registries]
     sys.modules[name] = module  # before execution: dataclasses and pickle look their module up here
     try:
         spec.loader.exec_module(module)
+        take_over_hiveminds()
     except Exception as e:
         del sys.modules[name]
         for registry, before in zip(registries, registered_before):
@@ -133,6 +140,35 @@ def add_custom_models_from_file(path: str | Path) -> ModuleType:
     return module
 
 
+def take_over_hiveminds() -> None:
+    """Register what this process has registered with hivemind's ``register_expert_class``.
+
+    :raises ConfigError: a class of a program has a name there that another one has here
+    """
+    registries = _hiveminds_registries()
+    if not registries:
+        return
+    blocks, inputs = registries
+    for name, expert_class in blocks.items():
+        if name_to_block.get(name) is expert_class or name not in inputs:
+            continue
+        if name not in name_to_block:
+            name_to_block[name], name_to_input[name] = expert_class, inputs[name]
+        elif not expert_class.__module__.startswith("hivemind."):  # else it is built in, there and here
+            raise ConfigError(
+                f"expert class {name!r} is registered with hivemind.moe, but here that is {name_to_block[name]!r}; choose "
+                f"another name, or import register_expert_class from moe"
+            )
+
+
+def _hiveminds_registries() -> tuple[dict[str, Any], ...]:
+    """Its ``name_to_block`` and ``name_to_input``; empty if nobody has imported it."""
+    layers = sys.modules.get(_HIVEMINDS)
+    return () if layers is None else (layers.name_to_block, layers.name_to_input)
+
+
 def _check_known(expert_cls: str) -> None:
+    if expert_cls not in name_to_block:
+        take_over_hiveminds()
     if expert_cls not in name_to_block:
         raise ConfigError(f"unknown expert class {expert_cls!r}; registered are {', '.join(sorted(name_to_block))}")
