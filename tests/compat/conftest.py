@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from hivemind.utils import BatchTensorDescriptor
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from torch import nn
 
-from moe import DHT, get_experts
+from moe import DHT, ClientConfig, get_experts
+from moe.config import TRANSPORTS
 from moe.dht import resolve_p2p
 from moe.server import ModuleBackend, Server
 from moe.server.layers import name_to_block, name_to_input, name_to_schema
+from tests.swarm.tools import LOOPBACK, prepare_processes
 
 HIDDEN = 16
-LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"]}
 
 
 class Failing(nn.Module):
@@ -68,13 +69,21 @@ def backends() -> dict[str, ModuleBackend]:
     return hosted
 
 
+@pytest.fixture(scope="session", autouse=True)
+def other_processes() -> None:
+    """Before the first test, so that no test is said to have left that behind."""
+    prepare_processes()
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """It runs, and one call was made, so that what all calls of a process share is there."""
+    """It runs, and was called in all ways, so that what calls share is there: no test is said to have left it behind."""
     dht = DHT(start=True, **LOOPBACK)
     server = Server(dht, backends(), num_connection_handlers=4, start=True, device=torch.device("cpu"))
     try:
-        get_experts(dht, ["ffn.0.0"])[0](torch.randn(1, HIDDEN))
+        for transport in TRANSPORTS:
+            (expert,) = get_experts(dht, ["ffn.0.0"], config=ClientConfig(transport=transport))
+            expert(torch.randn(1, HIDDEN))
         yield server
     finally:
         server.shutdown()

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.utils import BatchTensorDescriptor, get_dht_time
+from hivemind.utils import get_dht_time
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 import moe
 from moe import ClientConfig, DistributedModel, MoEError, config
@@ -54,7 +55,8 @@ from moe.server import (
 from moe.server.checkpoints import store_experts
 from moe.server.layers import add_custom_models_from_file, name_to_block
 from moe.testing import memory_swarm
-from tests.compat.conftest import HIDDEN, LOOPBACK, Failing, backend
+from tests.compat.conftest import HIDDEN, Failing, backend
+from tests.swarm.tools import LOOPBACK
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = BatchTensorProto(HIDDEN)

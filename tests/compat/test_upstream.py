@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hivemind.p2p.p2p_daemon_bindings.control import P2PHandlerError
-from hivemind.utils import BatchTensorDescriptor, get_dht_time
+from hivemind.utils import get_dht_time
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from torch import nn
 
 from moe import DHT
@@ -30,7 +31,8 @@ from moe.server import ModuleBackend, Server, background_server, declare_experts
 from moe.server.checkpoints import load_experts, store_experts
 from moe.server.dht_handler import get_experts
 from moe.server.layers.lr_schedule import get_linear_schedule_with_warmup
-from tests.compat.conftest import HIDDEN, LOOPBACK
+from tests.compat.conftest import HIDDEN
+from tests.swarm.tools import LOOPBACK
 
 # --- test_moe.py ------------------------------------------------------------------------------------------------------
 
@@ -294,7 +296,7 @@ def test_training(server: Server) -> None:
 
 @pytest.mark.usefixtures("registries")
 def test_custom_expert_in_a_background_server(tmp_path: Path, experts_file: Callable[..., Path]) -> None:
-    options = dict(expert_cls="custom_perceptron", device="cpu", hidden_dim=HIDDEN, num_handlers=2, optim_cls=None)
+    options = dict(expert_cls="custom_perceptron", device="cpu", hidden_dim=HIDDEN, num_handlers=2)
     path = experts_file("from hivemind.moe.server.layers.custom_experts import register_expert_class")
     with background_server(
         num_experts=2, custom_module_path=path, identity_path=str(tmp_path / "id"), **options, **LOOPBACK
