@@ -241,7 +241,7 @@ class RemoteMixtureOfExperts(RemoteModule):
         :param batch_experts: for each row, up to K experts (whatever has a ``uid``)
         :returns: (B, K); where a row has fewer experts, -inf
         """
-        assignment = Assignment.of(batch_experts, self.beam_search.uid_prefix, len(self.beam_search.grid_size))
+        assignment = Assignment.of(batch_experts, self.beam_search.uid_prefix, len(grid_scores))
         return _as_table(self._pair_scores(grid_scores, assignment), assignment)
 
     def _gating_input(self, input: torch.Tensor) -> torch.Tensor:

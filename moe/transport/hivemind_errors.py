@@ -22,7 +22,7 @@ STANDS_FOR: dict[type[MoEError], type[Exception]] = {
 def _add_bases() -> None:
     for ours, stock in STANDS_FOR.items():
         if not issubclass(ours, stock):
-            ours.__bases__ = (*ours.__bases__, stock)  # type: ignore[misc]
+            ours.__bases__ = (*ours.__bases__, stock)
 
 
 _add_bases()

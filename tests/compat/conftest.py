@@ -16,6 +16,7 @@ from moe.config import TRANSPORTS
 from moe.dht import resolve_p2p
 from moe.server import ModuleBackend, Server
 from moe.server.layers import name_to_block, name_to_input, name_to_schema
+from moe.server.layers.common import DelayedNopExpert
 from tests.swarm.tools import LOOPBACK, prepare_processes
 
 HIDDEN = 16
@@ -48,7 +49,7 @@ def backends() -> dict[str, ModuleBackend]:
     for i in range(4):
         hosted[f"expert.{i}"] = backend(f"expert.{i}", name_to_block["ffn"](HIDDEN))
     with torch.no_grad():
-        hosted["expert.3"].module.ffn.weight[0, 0] = float("nan")
+        next(hosted["expert.3"].module.parameters())[0, 0] = float("nan")
     for i in range(3):
         hosted[f"block.{i}"] = backend(f"block.{i}", nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Tanh()))
     for i in range(2):
@@ -62,9 +63,7 @@ def backends() -> dict[str, ModuleBackend]:
         outputs_schema=row,
         max_batch_size=64,
     )
-    slow = name_to_block["nop_delay"](HIDDEN)
-    slow.delay = 0.0  # while the server is made; a test makes it slow
-    hosted["slow.0"] = backend("slow.0", slow)
+    hosted["slow.0"] = backend("slow.0", DelayedNopExpert(HIDDEN, delay=0.0))  # a test makes it slow
     hosted["failing.0"] = backend("failing.0", Failing())
     return hosted
 

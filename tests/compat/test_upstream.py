@@ -85,8 +85,8 @@ def test_determinism(server: Server) -> None:
     x, mask = torch.randn(32, HIDDEN, requires_grad=True), torch.randint(0, 2, (32, HIDDEN))
     outputs = [expert(x, mask) for _ in range(2)]
     grads = [torch.autograd.grad(output.sum(), x)[0] for output in outputs]
-    assert torch.allclose(*outputs, atol=1e-5, rtol=0)
-    assert torch.allclose(*grads, atol=1e-5, rtol=0)
+    for first, second in (outputs, grads):
+        assert torch.allclose(first, second, atol=1e-5, rtol=0)
 
 
 def test_compute_expert_scores(server: Server) -> None:
@@ -94,7 +94,6 @@ def test_compute_expert_scores(server: Server) -> None:
     dmoe = RemoteMixtureOfExperts(
         dht=server.dht, in_features=16, grid_size=(40,), k_best=4, k_min=1, timeout_after_k_min=1, uid_prefix="expert."
     )
-    dmoe.beam_search.grid_size = (5, 3)  # upstream's method looks at the scores alone
     gx, gy = torch.randn(4, 5, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     ii, jj = [[4, 0, 2], [3, 1, 1, 1, 3], [0], [3, 2]], [[2, 2, 1], [0, 1, 2, 0, 1], [0], [1, 2]]
     batch_experts = [
@@ -102,7 +101,7 @@ def test_compute_expert_scores(server: Server) -> None:
     ]
     logits = dmoe.compute_expert_scores([gx, gy], batch_experts)
     torch.softmax(logits, dim=-1).norm(dim=-1).mean().backward()
-    assert gx.grad.norm() > 0 and gy.grad.norm() > 0
+    assert all(scores.grad is not None and scores.grad.norm() > 0 for scores in (gx, gy))
     for row in range(4):
         for k, (i, j) in enumerate(zip(ii[row], jj[row])):
             assert torch.allclose(logits[row, k], gx[row, i] + gy[row, j])
@@ -163,6 +162,7 @@ def test_beam_search_correctness(peers: list[DHT]) -> None:
     for _ in range(5):
         scores = dmoe.proj(torch.randn(32)).split_with_sizes(dmoe.beam_search.grid_size, dim=-1)
         rows = [dim_scores.detach()[None] for dim_scores in scores]
+        assert isinstance(dmoe.beam_search, MoEBeamSearcher)
         chosen = dmoe.beam_search.find_best_experts([row[0].numpy() for row in rows], beam_size=dmoe.k_best)
         assert len(chosen) == 4 and all(isinstance(expert, RemoteExpert) for expert in chosen)
         best = sorted(dmoe.compute_expert_scores(rows, everybody)[0].tolist(), reverse=True)[:4]
@@ -242,7 +242,7 @@ def example_experts() -> dict[str, ModuleBackend]:
 
 
 def test_save_load_checkpoints(example_experts: dict[str, ModuleBackend], tmp_path: Path) -> None:
-    weight = example_experts[NAME].module.weight
+    weight = next(example_experts[NAME].module.parameters())
     for i in range(1, 4):
         weight.data[0] = i
         store_experts(example_experts, tmp_path)
@@ -254,6 +254,7 @@ def test_save_load_checkpoints(example_experts: dict[str, ModuleBackend], tmp_pa
 
 def test_restore_update_count_and_lr_schedule(example_experts: dict[str, ModuleBackend], tmp_path: Path) -> None:
     backend = example_experts[NAME]
+    assert backend.optimizer is not None and backend.scheduler is not None
     group = backend.optimizer.param_groups[0]
     for i in range(WARMUP):
         assert group["lr"] == i / WARMUP
