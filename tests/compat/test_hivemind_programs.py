@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -390,17 +391,19 @@ def test_failures_behind_the_clients_own_dht(transport: str, dht: moe.DHT) -> No
         unknown(torch.randn(2, HIDDEN))
 
 
-def test_mixtures_and_sequences_behind_the_clients_own_dht(dht: moe.DHT) -> None:
-    x = torch.randn(4, HIDDEN)
-    mixture = RemoteMixtureOfExperts(in_features=HIDDEN, grid_size=(2, 2), dht=dht, uid_prefix="ffn.", k_best=2)
+@pytest.mark.parametrize("transport", ["auto", "libp2p"])
+def test_mixtures_and_sequences_behind_the_clients_own_dht(transport: str, dht: moe.DHT) -> None:
+    x, config = torch.randn(4, HIDDEN), ClientConfig(transport=transport, max_retries=0)
+    grid: dict[str, Any] = dict(in_features=HIDDEN, grid_size=(2, 2), dht=dht, uid_prefix="ffn.", config=config)
+    mixture = RemoteMixtureOfExperts(k_best=2, **grid)
     mixture(x).sum().backward()
     assert mixture.proj.weight.grad is not None
     assert not mixture.statistics().forward_failures
-    switch = RemoteSwitchMixtureOfExperts(in_features=HIDDEN, grid_size=(2, 2), dht=dht, uid_prefix="ffn.")
+    switch = RemoteSwitchMixtureOfExperts(**grid)
     output, balancing_loss = switch(x)
     (output.sum() + balancing_loss).backward()
     for routing in ("max_throughput", "min_latency"):
-        sequence = RemoteSequential(dht, prefix="block.", num_blocks=3, config=ClientConfig(routing=routing))
+        sequence = RemoteSequential(dht, prefix="block.", num_blocks=3, config=replace(config, routing=routing))
         in_order = get_experts(dht, [f"block.{i}" for i in range(3)])
         expected = in_order[2](in_order[1](in_order[0](x)))
         torch.testing.assert_close(sequence(x), expected, rtol=1e-4, atol=1e-5)
