@@ -130,7 +130,9 @@ class UidPattern:
             return False
         parts = uid.split(UID_DELIMITER)
         return len(parts) == len(self.blocks) and all(
-            part.isdecimal() and int(part) in block if isinstance(block, range) else part == block
+            part.isdigit() and part.isascii() and f"{int(part)}" == part and int(part) in block
+            if isinstance(block, range)
+            else part == block
             for part, block in zip(parts, self.blocks)
         )
 

@@ -220,7 +220,16 @@ def assemble(
         checkpoint_path.mkdir(parents=True, exist_ok=True)
         if generated:
             uids = _saved_uids(checkpoint_path, num_experts or 0)
-        _say_if_of_others(checkpoint_path, uids, pattern if generated else None)
+            if pattern is not None:
+                others = [uid for uid in uids if uid not in pattern]
+                _warn_of_others(
+                    checkpoint_path, others, f"expert_pattern is {pattern.pattern}; they are hosted all the same"
+                )
+        elif uids:
+            others = [uid for uid in find_checkpointed_uids(checkpoint_path) if uid not in uids]
+            _warn_of_others(
+                checkpoint_path, others, f"the experts asked for are {_some(uids)}; the former are not loaded"
+            )
     make = partial(
         _make_backend,
         expert_cls=expert_cls,
@@ -380,19 +389,10 @@ def _saved_uids(checkpoint_dir: Path, num_experts: int) -> list[str]:
     return uids
 
 
-def _say_if_of_others(checkpoint_dir: Path, wanted: Sequence[str], pattern: UidPattern | None) -> None:
-    """Warn if a directory has checkpoints of other experts than those asked for: perhaps it is the wrong one."""
-    found = find_checkpointed_uids(checkpoint_dir)
-    if pattern is not None:
-        others = [uid for uid in found if uid not in pattern]
-        asked, fate = f"expert_pattern is {pattern.pattern}", "they are hosted all the same"
-    elif wanted:
-        others = [uid for uid in found if uid not in set(wanted)]
-        asked, fate = f"the experts asked for are {_some(wanted)}", "they are not loaded"
-    else:
-        return
+def _warn_of_others(checkpoint_dir: Path, others: Sequence[str], asked: str) -> None:
+    """If a directory has checkpoints of other experts than those asked for, it may be the wrong one."""
     if others:
-        logger.warning("%s has checkpoints of %s, but %s; %s", checkpoint_dir, _some(others), asked, fate)
+        logger.warning("%s has checkpoints of %s, but %s", checkpoint_dir, _some(others), asked)
 
 
 def _some(uids: Sequence[str]) -> str:

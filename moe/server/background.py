@@ -44,9 +44,9 @@ def background_server(
     :returns: the server's peer id and addresses
     :raises LifecycleError: (a RuntimeError) "Server failed to start: ..." with the cause; also when the process just dies
     """
+    take_over_hiveminds()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=True)
-    take_over_hiveminds()
     modules = sorted({block.__module__ for block in name_to_block.values()} - {"__main__"})
     process = context.Process(target=_serve, args=(theirs, modules, args, kwargs), name="moe-background-server")
     try:

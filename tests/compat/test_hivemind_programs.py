@@ -321,6 +321,19 @@ def test_a_program_that_registers_a_class_with_hivemind(monkeypatch: pytest.Monk
     assert isinstance(parts.backends["own.0"].module, torch.nn.Identity)
 
 
+@pytest.mark.usefixtures("registries")
+def test_two_classes_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is served another class than the one that was registered; who does not ask for it is not concerned."""
+    from hivemind.moe import register_expert_class
+
+    sample = lambda batch_size, hid_dim: torch.empty((batch_size, hid_dim))  # noqa: E731
+    register_expert_class("twice", sample)(torch.nn.Identity)
+    moe.register_expert_class("twice", sample)(torch.nn.Tanh)
+    with pytest.raises(ConfigError, match="'twice' is .*Identity.* but .*Tanh"):
+        assemble(monkeypatch, expert_uids=["own.0"], expert_cls="twice", optim_cls=None)
+    assert assemble(monkeypatch, expert_uids=["ffn.0"], expert_cls="ffn").backends
+
+
 def assemble(monkeypatch: pytest.MonkeyPatch, **options: Any) -> assembly.ServerParts:
     """A server's parts, without any process."""
     monkeypatch.setattr(assembly, "start_dht", lambda *args, **kwargs: SimpleNamespace(kwargs=kwargs))

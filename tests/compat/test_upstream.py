@@ -68,16 +68,17 @@ def test_moe(server: Server) -> None:
 def test_no_experts(server: Server) -> None:
     """Rows whose experts do not answer in time keep their input; nobody waits."""
     dmoe = RemoteSwitchMixtureOfExperts(
-        in_features=HIDDEN, grid_size=(4,), dht=server.dht, uid_prefix="slow.", forward_timeout=0.2, backward_timeout=0.2,
-        allow_zero_outputs=True,
-    )  # fmt: skip
-    for _ in range(2):
-        x = torch.randn(10, HIDDEN)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(server.module_backends["slow.0"].module, "delay", 0.4)
+        in_features=HIDDEN, grid_size=(4,), dht=server.dht, uid_prefix="slow.", allow_zero_outputs=True
+    )
+    x = torch.randn(10, HIDDEN)
+    assert not torch.equal(dmoe(x)[0], x)
+    dmoe.forward_timeout = dmoe.backward_timeout = 0.3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.module_backends["slow.0"].module, "delay", 0.6)
+        for _ in range(2):
             output, balancing_loss = dmoe(x)
-        (output.sum() + balancing_loss).backward()
-        assert torch.equal(output, x)
+            (output.sum() + balancing_loss).backward()
+            assert torch.equal(output, x)
 
 
 def test_determinism(server: Server) -> None:

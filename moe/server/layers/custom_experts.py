@@ -127,10 +127,13 @@ def add_custom_models_from_file(path: str | Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     registries: tuple[dict[str, Any], ...] = (name_to_block, name_to_input, name_to_schema, *_hiveminds_registries())
     registered_before = [dict(registry) for registry in registries]
+    known_to_hivemind = set(_hiveminds_registries()[0])
     sys.modules[name] = module  # before execution: dataclasses and pickle look their module up here
     try:
         spec.loader.exec_module(module)
         take_over_hiveminds()
+        for expert_cls in _hiveminds_registries()[0].keys() - known_to_hivemind:
+            _check_one_class(expert_cls)
     except Exception as e:
         del sys.modules[name]
         for registry, before in zip(registries, registered_before):
@@ -141,34 +144,31 @@ def add_custom_models_from_file(path: str | Path) -> ModuleType:
 
 
 def take_over_hiveminds() -> None:
-    """Register what this process has registered with hivemind's ``register_expert_class``.
-
-    :raises ConfigError: a class of a program has a name there that another one has here
-    """
-    registries = _hiveminds_registries()
-    if not registries:
-        return
-    blocks, inputs = registries
-    for name, expert_class in blocks.items():
-        if name_to_block.get(name) is expert_class or name not in inputs:
-            continue
-        if name not in name_to_block:
-            name_to_block[name], name_to_input[name] = expert_class, inputs[name]
-        elif not expert_class.__module__.startswith("hivemind."):  # else it is built in, there and here
-            raise ConfigError(
-                f"expert class {name!r} is registered with hivemind.moe, but here that is {name_to_block[name]!r}; choose "
-                f"another name, or import register_expert_class from moe"
-            )
+    """Register what this process has registered with hivemind's ``register_expert_class``, under names that are free."""
+    blocks, inputs = _hiveminds_registries()
+    for name in blocks.keys() & inputs.keys() - name_to_block.keys():
+        name_to_block[name], name_to_input[name] = blocks[name], inputs[name]
 
 
-def _hiveminds_registries() -> tuple[dict[str, Any], ...]:
-    """Its ``name_to_block`` and ``name_to_input``; empty if nobody has imported it."""
+def _check_one_class(name: str) -> None:
+    """Refuse a name under which a program has registered one class with hivemind, while it is another one here."""
+    stock, ours = _hiveminds_registries()[0].get(name), name_to_block.get(name)
+    built_in = getattr(stock, "__module__", "").startswith("hivemind.")
+    if stock is not None and stock is not ours and not built_in:
+        raise ConfigError(
+            f"expert class {name!r} is {stock!r} in hivemind.moe, where it was registered, but {ours!r} here; choose another "
+            f"name, or import register_expert_class from moe"
+        )
+
+
+def _hiveminds_registries() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its ``name_to_block`` and ``name_to_input``; empty ones if nobody has imported it."""
     layers = sys.modules.get(_HIVEMINDS)
-    return () if layers is None else (layers.name_to_block, layers.name_to_input)
+    return ({}, {}) if layers is None else (layers.name_to_block, layers.name_to_input)
 
 
 def _check_known(expert_cls: str) -> None:
-    if expert_cls not in name_to_block:
-        take_over_hiveminds()
+    take_over_hiveminds()
+    _check_one_class(expert_cls)
     if expert_cls not in name_to_block:
         raise ConfigError(f"unknown expert class {expert_cls!r}; registered are {', '.join(sorted(name_to_block))}")
