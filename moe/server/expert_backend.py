@@ -29,6 +29,7 @@ from torch import nn
 
 from moe.chains import Chain
 from moe.errors import ConfigError, ExpertFailed, NonFiniteError, SchemaError, TensorNotHeld
+from moe.expert_uid import UID_PATTERN, is_valid_uid
 from moe.schema import (
     DUMMY_BATCH_SIZE,
     Entry,
@@ -110,8 +111,8 @@ class ExpertBackend:
         daemon: bool = True,
         start: bool = False,
     ):
-        if not isinstance(name, str) or not name.isprintable() or not name:
-            raise ConfigError(f"an expert's name is its uid, such as 'ffn.3.7', got {name!r:.100}")
+        if not isinstance(name, str) or not (is_valid_uid(name) or is_valid_uid(f"{name}.0")):  # the beginning of one, too
+            raise ConfigError(f"{name!r:.100} is not a valid expert uid; uids follow {UID_PATTERN.pattern}")
         if optimizer is None and scheduler is not None:
             raise ConfigError(f"{name}: a scheduler needs an optimizer")
         if accumulate_steps < 1:

@@ -231,7 +231,7 @@ def test_positions_of_a_task_pool_and_names_of_a_runtime() -> None:
         Runtime()
 
 
-def test_any_name_of_a_backend_until_it_is_hosted() -> None:
+def test_a_backend_may_be_named_by_the_beginning_of_a_uid_until_it_is_hosted() -> None:
     named = backend("my_expert", name_to_block["ffn"](HIDDEN))
     x = torch.randn(2, HIDDEN)
     (grad,) = named.backward(x, torch.ones_like(x))
@@ -239,8 +239,9 @@ def test_any_name_of_a_backend_until_it_is_hosted() -> None:
     assert named.forward(x)[0].shape == grad.shape == x.shape
     with pytest.raises(ConfigError, match="not a valid expert uid"):
         Server(SimpleNamespace(kwargs={}), {"my_expert": named})
-    with pytest.raises(ConfigError, match="name is its uid"):
-        backend("", name_to_block["ffn"](HIDDEN))
+    for name in ("", "my expert.0", "two words", "ffn.01"):
+        with pytest.raises(ConfigError, match="not a valid expert uid"):
+            backend(name, name_to_block["ffn"](HIDDEN))
 
 
 # --- experts without a DHT, addresses in place of one -----------------------------------------------------------------
