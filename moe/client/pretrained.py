@@ -48,6 +48,24 @@ class _PerCall(NamedTuple):
 _call: ContextVar[_PerCall] = ContextVar("call")  # of the DistributedModel that this thread is in
 
 
+class BlockPath(str):
+    """Where a model has its blocks, and the local part of that model, for files that have something of both.
+
+    :ivar local: the transformers model
+    """
+
+    local: Any
+
+    def __new__(cls, path: str, local: Any) -> BlockPath:
+        """
+        :param path: such as ``bert.encoder.layer``
+        :param local: see above
+        """
+        made = super().__new__(cls, path)
+        made.local = local
+        return made
+
+
 class DistributedModel(nn.Module):
     """A pretrained model with local embeddings and head, and blocks in a swarm.
 
@@ -67,8 +85,8 @@ class DistributedModel(nn.Module):
                 f"{type(local).__name__} has {len(names)} lists of blocks called {architecture.blocks}, not one"
             )
         self.local, self.blocks, self.architecture = local, blocks, architecture
-        self.block_path: str = names[0]  # such as bert.encoder.layer: what adapters of other libraries call the blocks
-        parent, _, attribute = self.block_path.rpartition(".")
+        self._block_path = names[0]
+        parent, _, attribute = names[0].rpartition(".")
         setattr(local.get_submodule(parent), attribute, nn.ModuleList([_RemoteBlocks(blocks)]))
         self._signature = inspect.signature(local.forward)
 
@@ -119,6 +137,11 @@ class DistributedModel(nn.Module):
     def config(self) -> Any:
         """Of the model: the transformers object."""
         return self.local.config
+
+    @property
+    def block_path(self) -> BlockPath:
+        """What the blocks are called in files of other libraries: ``bert.encoder.layer``."""
+        return BlockPath(self._block_path, self.local)
 
     def forward(self, *args: Any, adapters: Any = None, **kwargs: Any) -> Any:
         """What the model of transformers returns for these arguments.
