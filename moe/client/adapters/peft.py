@@ -9,6 +9,7 @@ Legend: R = rank, P = learned positions, K = size of keys, D = hidden size.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from moe.architectures import BIAS, DORA, IA3, IA3_INPUT, LORA, kwarg_of, linear
 from moe.client.adapters.modules import BlockAdapter, Ia3Adapter, LoraAdapter, PrefixAdapter, SoftPrompt
 from moe.client.adapters.peft_files import SETTINGS, WEIGHTS, check_tensors, read_adapter
 from moe.client.adapters.peft_settings import HEADS, IA3_KIND, LORA_KIND, PREFIX_KIND, PROMPT_KIND, SOFT_KINDS, Settings
-from moe.errors import ConfigError, RoutingError, TransportError
+from moe.errors import ConfigError, RemoteError, RoutingError, TransportError
 from moe.schema import ExpertSchema, TensorProto
 
 Adapter = BlockAdapter | SoftPrompt
@@ -112,31 +113,31 @@ def to_peft(adapter: Adapter, model: Any, **settings: Any) -> tuple[dict[str, An
 # --- from files: all kinds ----------------------------------------------------------------------------------------------------
 
 
-class _Model(NamedTuple):
-    """What is known of the model that an adapter is for."""
+class _Model:
+    """What is known of the model that an adapter is for.
 
-    num_blocks: int
-    path: str | None  # of the blocks
-    local: Any
-    whole: Any  # the DistributedModel
+    :param target: the DistributedModel, or the number of its blocks
+    :ivar path: of the blocks, if known
+    :ivar local: the local part, if known
+    """
 
-    @classmethod
-    def of(cls, target: Any) -> _Model:
+    def __init__(self, target: Any):
+        self._blocks: Any = None
+        self.num_blocks, self.path, self.local = target, None, None
         if type(target) is int and target > 0:
-            return cls(target, None, None, None)
+            return
         if not hasattr(target, "block_path"):
             raise ConfigError(f"expected a DistributedModel, or the number of its blocks, got {target!r:.100}")
-        return cls(len(target.blocks), str(target.block_path), target.local, target)
+        self._blocks, self.local = target.blocks, target.local
+        self.num_blocks, self.path = len(target.blocks), str(target.block_path)
 
-    def schema(self) -> ExpertSchema | None:
-        """Of the first block, as all are alike. None: no servers are known, so the first call will tell."""
-        if self.whole is None:
-            return None
+    @functools.cached_property
+    def schemas(self) -> list[ExpertSchema] | None:
+        """What each block takes. None: no server tells it now, so the first call will."""
         try:
-            schema: ExpertSchema = next(iter(self.whole.blocks)).schema
-        except (RoutingError, TransportError):
+            return None if self._blocks is None else list(self._blocks.schemas())
+        except (RemoteError, RoutingError, TransportError):
             return None
-        return schema
 
 
 class _File(NamedTuple):
@@ -151,7 +152,7 @@ class _File(NamedTuple):
 
 
 def _load(settings: Settings, state: dict[str, torch.Tensor], name: str, target: Any) -> Adapter:
-    file = _File(settings, name, _Model.of(target))
+    file = _File(settings, name, _Model(target))
     adapter: Adapter
     if settings.kind in (LORA_KIND, IA3_KIND):
         layers, others = _split(file, state)
@@ -310,11 +311,14 @@ def _check_layers(file: _File, layers: list[_Layer], adapted: set[str], changes_
             fields = "target_modules, exclude_modules, modules_to_save and layers_to_transform"
             key = layer.key(next(iter(layer.parts)))
             raise file.error(key, f"peft would ignore it: {fields} of the settings say that this layer is not adapted")
-    schema = file.model.schema()
-    if schema is None or not changes_by_itself:
+    if not changes_by_itself:
         return
-    linears = [of[1] for name in schema.kwargs if (of := linear_of(name)) is not None and of[0] == LORA]
-    paths = [f"{file.model.path}.{i}.{linear}" for i in range(file.model.num_blocks) for linear in linears]
+    paths = [
+        f"{file.model.path}.{index}.{of[1]}"
+        for index, schema in enumerate(file.model.schemas or ())
+        for kwarg in schema.kwargs
+        if (of := linear_of(kwarg)) is not None and of[0] == LORA
+    ]
     missing = [path for path in paths if path not in adapted and file.settings.is_targeted(path)]
     if missing:
         raise ConfigError(
@@ -324,10 +328,7 @@ def _check_layers(file: _File, layers: list[_Layer], adapted: set[str], changes_
 
 def _check_schema(file: _File, per_block: list[dict[str, Any]]) -> None:
     """Do the blocks have these layers, of these sizes?"""
-    schema = file.model.schema()
-    if schema is None:
-        return
-    for index, kwargs in enumerate(per_block):
+    for index, (schema, kwargs) in enumerate(zip(file.model.schemas or (), per_block)):
         for kwarg, value in kwargs.items():
             if kwarg not in schema.kwargs:
                 _, name = linear_of(kwarg) or ("", kwarg)
