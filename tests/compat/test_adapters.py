@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +131,13 @@ def assert_same_gradients(here: DistributedModel, adapter: Any, there: Any) -> N
 
 
 def lora(**options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "init_lora_weights": False, **options})
+    return peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, "init_lora_weights": False, **options}
+    )
+
+
+def ia3(targets: Any, feedforward: Any) -> peft.IA3Config:
+    return peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
 
 
 KINDS: dict[str, tuple[str, peft.PeftConfig]] = {
@@ -154,12 +161,15 @@ KINDS: dict[str, tuple[str, peft.PeftConfig]] = {
     "gaussian": ("llama", lora(init_lora_weights="gaussian")),
     "orthogonal": ("llama", lora(init_lora_weights="orthogonal")),
     "dora": ("qwen2", lora(use_dora=True, target_modules=[*ATTENTION, "o_proj"])),
-    "dora, rslora, patterns": ("bert", lora(use_dora=True, use_rslora=True, target_modules=["query"], alpha_pattern={"query": 3})),
+    "dora, rslora, patterns": (
+        "bert", lora(use_dora=True, use_rslora=True, target_modules=["query"], alpha_pattern={"query": 3}),
+    ),
     "biases of lora": ("qwen2", lora(bias="lora_only")),
     "all biases": ("qwen2", lora(bias="all", target_modules=["q_proj"])),
     "dora with biases": ("qwen2", lora(bias="lora_only", use_dora=True)),
-    "ia3": ("llama", peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
-    "ia3 of bert": ("bert", peft.IA3Config(target_modules=["key", "intermediate.dense"], feedforward_modules=["intermediate.dense"])),
+    "ia3": ("llama", ia3(["k_proj", "v_proj", "down_proj"], ["down_proj"])),
+    "ia3 of bert": ("bert", ia3(["key", "intermediate.dense"], ["intermediate.dense"])),
+    "ia3 by patterns": ("llama", ia3(r".*\.[02]\..*_proj", r".*(o|up)_proj")),
 }  # fmt: skip
 
 
@@ -212,6 +222,51 @@ def test_biases_of_everything(tmp_path: Path) -> None:
         assert_same_outputs(here, adapter, there)
         with pytest.raises(ConfigError, match=r"(embeddings|pooler|classifier)\..*pass the DistributedModel"):
             load_peft(tmp_path / "peft", LAYERS)
+
+
+def test_adapters_of_another_model(models: Callable[[str], Hosted], tmp_path: Path) -> None:
+    llama, bert = models("llama"), models("bert")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_attention_heads=4, num_hidden_layers=LAYERS
+    )
+    other = transformers.LlamaForCausalLM(config)
+    trained(other, lora(target_modules=["up_proj"])).save_pretrained(tmp_path / "narrow")
+    complaint = (
+        r"lora_mlp__up_proj\['a'\] of block 0: expected \(32, None\), .* got \(16, 4\): the adapter is of another model"
+    )
+    with pytest.raises(ConfigError, match=complaint):
+        load_peft(tmp_path / "narrow", llama.here())
+    trained(llama.whole(), lora()).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ConfigError, match="outside of its blocks, which are at encoder.layer"):
+        load_peft(tmp_path / "llama", bert.here())
+    state = {f"base_model.model.model.layers.0.mlp.x.lora_{half}.weight": torch.ones(8, 8) for half in "AB"}
+    with pytest.raises(ConfigError, match=r"'mlp.x' of block 0: the blocks of this model have none"):
+        from_peft({"peft_type": "LORA"}, state, llama.here())
+    trained(bert.whole(SEQ_CLS), lora(target_modules=["query"])).save_pretrained(tmp_path / "head")
+    with pytest.raises(
+        ConfigError, match="outside of its blocks, which are at encoder.layer"
+    ):  # peft would ignore all of it
+        load_peft(tmp_path / "head", bert.here())
+    assert load_peft(tmp_path / "head", LAYERS)()[0]
+    deep = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**llama.whole().config.to_dict(), "num_hidden_layers": 4})
+    )
+    trained(deep, lora()).save_pretrained(tmp_path / "deep")
+    with pytest.raises(ConfigError, match="any of the 3 blocks"):
+        load_peft(tmp_path / "deep", llama.here())
+
+
+def test_layers_that_begin_at_random_and_are_not_in_the_file(models: Callable[[str], Hosted], tmp_path: Path) -> None:
+    made = models("llama")
+    there = trained(made.whole(), lora())
+    state = get_peft_model_state_dict(there)
+    partly = {key: tensor for key, tensor in state.items() if ".layers.1." not in key}
+    settings = {"peft_type": "LORA", "r": 4, "target_modules": ATTENTION}
+    assert from_peft({**settings, "init_lora_weights": True}, partly, made.here())
+    with pytest.raises(
+        ConfigError, match=r"'model.layers.1.self_attn.q_proj': it has no tensors, and would begin at random"
+    ):
+        from_peft({**settings, "init_lora_weights": False}, partly, made.here())
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------------
@@ -278,7 +333,7 @@ def test_embeddings_and_local_layers_are_refused(models: Callable[[str], Hosted]
     for targets, key in ((["embed_tokens"], "embed_tokens."), (["lm_head"], "lm_head.")):
         trained(made.whole(), lora(target_modules=targets)).save_pretrained(tmp_path)
         for model in (made.here(), LAYERS):
-            with pytest.raises(ConfigError, match=rf"adapter_model.safetensors: '.*{key}'"):
+            with pytest.raises(ConfigError, match=rf"adapter_model.safetensors: '.*{key}"):
                 load_peft(tmp_path, model)
 
 
@@ -339,7 +394,9 @@ def test_a_prefix_whose_head_the_settings_do_not_mention(models: Callable[[str],
     "config",
     [
         peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-        peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=7, encoder_dropout=0.1),
+        peft.PromptEncoderConfig(
+            num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=7, encoder_dropout=0.1
+        ),
         peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_reparameterization_type="LSTM"),
     ],
     ids=["prompt tuning", "P-tuning", "P-tuning, LSTM"],
@@ -407,8 +464,48 @@ def test_pickled_files(models: Callable[[str], Hosted], tmp_path: Path) -> None:
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "Pissa"])
 def test_inits_that_change_the_model(init: str) -> None:
     settings = {"peft_type": "LORA", "init_lora_weights": init}
-    with pytest.raises(ConfigError, match=r"adapter_config.json: init_lora_weights: .*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        ConfigError, match=r"adapter_config.json: init_lora_weights: .*path_initial_model_for_weight_conversion"
+    ):
         from_peft(settings, {}, LAYERS)
+
+
+def test_one_half_is_not_trained_with_mica(models: Callable[[str], Hosted], tmp_path: Path) -> None:
+    made = models("llama")
+    there, here = trained(made.whole(), lora(init_lora_weights="mica")), made.here()
+    there.save_pretrained(tmp_path)
+    adapter = load_peft(tmp_path, here)
+    assert_same_outputs(here, adapter, there)
+    trainable = {name.split("lora_")[1][0]: p.requires_grad for name, p in there.named_parameters() if "lora_" in name}
+    assert trainable == {"A": True, "B": False}
+    assert [p.requires_grad for p in adapter.blocks()[0]["lora_self_attn__q_proj"].values()] == [True, False]
+
+
+def test_nothing_is_put_into_a_model_from_a_file_that_is_refused(
+    models: Callable[[str], Hosted], tmp_path: Path
+) -> None:
+    made, options = models("llama"), dict(num_labels=2, pad_token_id=0)
+    here, there = made.here(SEQ_CLS, **options), trained(made.whole(SEQ_CLS, **options), lora(task_type="SEQ_CLS"))
+    state, settings = get_peft_model_state_dict(there), {"peft_type": "LORA", "r": 4, "task_type": "SEQ_CLS"}
+    before = here.local.score.weight.clone()
+    head = "base_model.model.score.weight"
+    for wrong, complaint in (
+        ({**state, "base_model.model.x": torch.ones(1)}, "'base_model.model.x': the model has nothing of this name"),
+        ({**state, head: torch.ones(3, 32)}, rf"'{head}': expected \(2, 32\), as the model has, got \(3, 32\)"),
+        ({**state, head: state[head] * torch.nan}, "expected finite numbers"),
+        (
+            {key: tensor for key, tensor in state.items() if key != head},
+            rf"'{head}': it is missing, and peft trains score",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            from_peft(settings, wrong, here)
+    assert torch.equal(here.local.score.weight, before)
+    copied = copy.deepcopy(here)
+    from_peft(settings, state, copied)
+    assert torch.equal(copied.local.score.weight, state[head])
+    assert torch.equal(here.local.score.weight, before)
+    assert to_peft(from_peft(settings, state, copied), copied.block_path, task_type="SEQ_CLS")[1].keys() == state.keys()
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -67,8 +67,8 @@ class BlockAdapter(nn.Module):
 class LoraAdapter(BlockAdapter):
     """Low-rank changes of linear layers: ``x @ a @ b * alpha / R`` is added to what they give (Hu et al. 2021).
 
-    :param per_block: ``lora_*`` kwargs {"a": (in, R), "b": (R, out)} of each block; besides, ``dora_*`` (out), how long the rows
-        of a weight become (DoRA, Liu et al. 2024), and ``bias_*`` (out), in place of a layer's own bias
+    :param per_block: ``lora_*`` kwargs {"a": (in, R), "b": (R, out)} of each block; besides, ``dora_*`` (out), how long the
+        rows of a weight become (DoRA, Liu et al. 2024), and ``bias_*`` (out), in place of a layer's own bias
     :param alpha: see above
     :param rank_stabilized: divide by the root of R instead (Kalajdzievski 2023)
     :param alphas: of single layers, instead of ``alpha``: for each block {kwarg: alpha}

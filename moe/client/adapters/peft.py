@@ -1,8 +1,8 @@
 """Adapters as peft saves them (https://github.com/huggingface/peft). Owns: what the tensors of such a file are called, and what
 becomes of them here: what comes out equals peft's, or is refused by name before anything is changed.
 
-peft itself is not needed. Modules that peft trains whole (``modules_to_save``, the heads of classifiers) belong to the local part
-of a DistributedModel, so they are read into it and saved from it. Must not know: servers, transformers.
+peft itself is not needed. Modules that peft trains whole (``modules_to_save``, the heads of classifiers) belong to the local
+part of a DistributedModel, so they are read into it and saved from it. Must not know: servers, transformers.
 
 Legend: R = rank, P = learned positions, K = size of keys, D = hidden size.
 """
@@ -280,15 +280,14 @@ def _split(file: _File, state: Mapping[str, torch.Tensor]) -> tuple[list[_Layer]
             others[key] = tensor
             continue
         part = next((part for part in _PARTS[file.settings.kind] if matched["rest"].endswith(f".{part}")), None)
-        index = int(matched["index"])
-        if part is None:
+        name, index = matched["rest"].removesuffix(f".{part}"), int(matched["index"])
+        if part is None or {"lora_A", "lora_B", "base_layer"} & set(name.split(".")):
             known = ", ".join(_PARTS[file.settings.kind])
             raise file.error(
                 key, f"expected {known} in blocks; modules that are trained whole (modules_to_save) can be local only"
             )
         if index >= file.model.num_blocks:
             raise file.error(key, f"does not belong to any of the {file.model.num_blocks} blocks")
-        name = matched["rest"].removesuffix(f".{part}")
         path = f"{matched['blocks']}.{index}.{name}"
         layer = layers.setdefault(path, _Layer(index, name, path, {}))
         if part in layer.parts:
@@ -300,19 +299,18 @@ def _split(file: _File, state: Mapping[str, torch.Tensor]) -> tuple[list[_Layer]
     return list(layers.values()), others
 
 
-def _check_layers(file: _File, layers: list[_Layer], adapted: set[str], changes_by_itself: bool) -> None:
+def _check_layers(file: _File, layers: list[_Layer], adapted: set[str]) -> None:
     """Are these layers those that peft would adapt?
 
     :param adapted: paths of layers
-    :param changes_by_itself: an adapter that the file has no tensors for would change something: its init is random
     """
     for layer in layers:
         if layer.path in adapted and not file.settings.is_targeted(layer.path):
             fields = "target_modules, exclude_modules, modules_to_save and layers_to_transform"
             key = layer.key(next(iter(layer.parts)))
             raise file.error(key, f"peft would ignore it: {fields} of the settings say that this layer is not adapted")
-    if not changes_by_itself:
-        return
+    if not file.settings.begins_at_random():
+        return  # what the file has no tensors for changes nothing
     paths = [
         f"{file.model.path}.{index}.{of[1]}"
         for index, schema in enumerate(file.model.schemas or ())
@@ -372,7 +370,7 @@ def _lora_from_peft(file: _File, layers: list[_Layer]) -> LoraAdapter:
             alphas[layer.block] |= {name: own} if own != alpha else {}
         _take_magnitude(file, layer, kwargs)
         _take_bias(file, layer, kwargs, "base_layer.bias" if layer.path in adapted else "bias")
-    _check_layers(file, layers, adapted, settings.get("init_lora_weights", False) is False)
+    _check_layers(file, layers, adapted)
     _check_schema(file, per_block)
     if settings.get("init_lora_weights") == "mica":  # peft does not train this half of it
         for kwargs in per_block:
@@ -491,7 +489,7 @@ def _ia3_from_peft(file: _File, layers: list[_Layer]) -> Ia3Adapter:
                 layer.key("ia3_l"), f"expected {expected}, as feedforward_modules says, got {tuple(tensor.shape)}"
             )
         per_block[layer.block][kwarg_of(IA3_INPUT if of_input else IA3, layer.name)] = tensor.flatten().float()
-    _check_layers(file, layers, {layer.path for layer in layers}, file.settings.get("init_ia3_weights", True) is False)
+    _check_layers(file, layers, {layer.path for layer in layers})
     _check_schema(file, per_block)
     return Ia3Adapter(per_block)
 

@@ -1,8 +1,8 @@
 """What ``adapter_config.json`` of peft says. Owns: the fields that are known here, and which layers they mean.
 
-**Allow-lists**: a field is one that is known here and has a value that is understood, or it says nothing (null, false, empty), or
-it is refused by name, before anything is computed. So what a later version of peft adds is never ignored. Must not know: tensors.
-Fields, defaults and the rules for names are those of peft 0.21.2 (https://github.com/huggingface/peft).
+**Allow-lists**: a field is one that is known here and has a value that is understood, or it says nothing (null, false, empty),
+or it is refused by name, before anything is computed. So what a later version of peft adds is never ignored. Must not know:
+tensors. Fields, defaults and the rules for names are those of peft 0.21.2 (https://github.com/huggingface/peft).
 """
 
 from __future__ import annotations
@@ -225,6 +225,11 @@ class Settings:
         if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in self.get("modules_to_save", ())):
             return False
         return self._targets is None or (self._targets(path) and self._is_in_layers(path))
+
+    def begins_at_random(self) -> bool:
+        """Does an adapter that is not trained yet change something?"""
+        field = "init_lora_weights" if self.kind == LORA_KIND else "init_ia3_weights"
+        return self._targets is not None and self._values.get(field, True) in (None, False)
 
     def is_feedforward(self, path: str) -> bool | None:
         """Does IA3 scale what this layer takes? None: the file does not say."""
