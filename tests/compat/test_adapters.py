@@ -414,6 +414,21 @@ def test_soft_prompts(config: peft.PeftConfig, models: Callable[[str], Hosted], 
         assert_close(output_of(again), output_of(there))
 
 
+def test_a_soft_prompt_with_a_head(models: Callable[[str], Hosted], tmp_path: Path) -> None:
+    made, options = models("llama"), dict(num_labels=2, pad_token_id=0)
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    there, here = trained(made.whole(SEQ_CLS, **options), config), made.here(SEQ_CLS, **options)
+    there.save_pretrained(tmp_path / "peft")
+    prompt = load_peft(tmp_path / "peft", here)
+    save_peft(prompt, tmp_path / "ours", here, task_type="SEQ_CLS")
+    again = peft.PeftModel.from_pretrained(made.whole(SEQ_CLS, **options), tmp_path / "ours")
+    with torch.no_grad():
+        assert_close(output_of(again), output_of(there))
+    with pytest.raises(ConfigError, match="token_dim: expected 32, the hidden size of the model, got 16"):
+        settings = {"peft_type": "PROMPT_TUNING", "token_dim": 16, "num_virtual_tokens": 2}
+        from_peft(settings, {"prompt_embeddings": torch.ones(2, 16)}, here)
+
+
 # --- several, and other files -------------------------------------------------------------------------------------------------
 
 

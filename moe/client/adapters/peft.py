@@ -156,15 +156,15 @@ def _load(settings: Settings, state: dict[str, torch.Tensor], name: str, target:
     adapter: Adapter
     if settings.kind in (LORA_KIND, IA3_KIND):
         layers, others = _split(file, state)
-        adapter = (_lora_from_peft if settings.kind == LORA_KIND else _ia3_from_peft)(file, layers)
         write = _to_be_put(file, others, _ROOT)
+        adapter = (_lora_from_peft if settings.kind == LORA_KIND else _ia3_from_peft)(file, layers)
     else:
         others = dict(state)
         learned = others.pop(_LEARNED, None)
         if learned is None:
             raise ConfigError(f"{name}: expected {_LEARNED}, got {[key[:200] for key in state][:5]}")
-        adapter = (_soft_from_peft if settings.kind in SOFT_KINDS else _prefix_from_peft)(file, learned)
         write = _to_be_put(file, others, _ROOT_OF_PROMPTS)
+        adapter = (_soft_from_peft if settings.kind in SOFT_KINDS else _prefix_from_peft)(file, learned)
     for put in write:  # nothing was changed before all of it was understood
         put()
     return adapter.eval()
@@ -330,25 +330,22 @@ def _check_schema(file: _File, per_block: list[dict[str, Any]]) -> None:
         for kwarg, value in kwargs.items():
             if kwarg not in schema.kwargs:
                 _, name = linear_of(kwarg) or ("", kwarg)
-                raise ConfigError(
-                    f"{file.name}: {name!r} of block {index}: the blocks of this model have none that takes {kwarg}"
-                )
+                where = f"{file.name}: {name!r} of block {index}"
+                raise ConfigError(f"{where}: the blocks of this model have none that takes {kwarg}")
             proto = schema.kwargs[kwarg]
-            halves = (
-                [(f"{kwarg}[{half!r}]", proto[half], value[half]) for half in value]
-                if isinstance(value, Mapping)
-                else None
-            )
-            for label, expected, tensor in halves or [(kwarg, proto, value)]:
-                if isinstance(expected, TensorProto) and not _fits(expected, tensor):
+            for half, tensor in value.items() if isinstance(value, Mapping) else [("", value)]:
+                expected = proto.get(half) if half and isinstance(proto, Mapping) else proto
+                if not _fits(expected, tensor):
+                    sizes = getattr(expected, "sizes", expected)
+                    where = f"{file.name}: {kwarg}" + (f"[{half!r}]" if half else "") + f" of block {index}"
                     raise ConfigError(
-                        f"{file.name}: {label} of block {index}: expected {expected.sizes}, as the blocks of this model have, "
-                        f"got {tuple(tensor.shape)}: the adapter is of another model"
+                        f"{where}: expected {sizes}, as the blocks of this model have, got {tuple(tensor.shape)}: "
+                        "the adapter is of another model"
                     )
 
 
-def _fits(proto: TensorProto, tensor: torch.Tensor) -> bool:
-    sizes = proto.sizes
+def _fits(proto: Any, tensor: torch.Tensor) -> bool:
+    sizes = proto.sizes if isinstance(proto, TensorProto) else ()
     return len(sizes) == tensor.ndim and all(size in (None, got) for size, got in zip(sizes, tensor.shape))
 
 

@@ -63,7 +63,7 @@ def _problem(tensor: Any, size: int | None) -> str | None:
     """What had been expected instead."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a tensor, got {type(tensor).__name__}"
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.is_floating_point():
         return f"floating-point numbers, got {tensor.dtype}, {tensor.layout}, on {tensor.device}"
     if size is not None and tensor.numel() * tensor.element_size() > size:
         return f"no more than is in the file, got {tuple(tensor.shape)}"

@@ -194,7 +194,7 @@ class Settings:
         for name, value in self._values.items():
             self._check(name, value)
         self._check_together()
-        self._until = 0.0
+        self._spent_s = 0.0
         self._targets = self._matcher("target_modules")
         self._excluded = self._matcher("exclude_modules")
         self._feedforward = self._matcher("feedforward_modules")
@@ -319,8 +319,8 @@ class Settings:
             raise self.error(field, f"expected names of {MAX_NAME} characters at most, got {_short(path)}")
         began = time.perf_counter()
         found = match(path) is not None
-        self._until += time.perf_counter() - began
-        if self._until > MATCHING_S:
+        self._spent_s += time.perf_counter() - began
+        if self._spent_s > MATCHING_S:
             raise self.error(field, "its patterns take too long: list the names")
         return found
 
