@@ -56,7 +56,7 @@ class BlockPath(str):
 
     local: Any
 
-    def __new__(cls, path: str, local: Any) -> BlockPath:
+    def __new__(cls, path: str, local: Any = None) -> BlockPath:
         """
         :param path: such as ``bert.encoder.layer``
         :param local: see above

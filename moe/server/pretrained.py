@@ -209,6 +209,8 @@ def _adapt_input(name: str, linear: nn.Module, args: tuple[torch.Tensor]) -> tup
 
 def _adapt_output(name: str, layer: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
     adapters = _adapters.get()
+    if not adapters:
+        return output
     lora, scale = adapters.get(kwarg_of(LORA, name)), adapters.get(kwarg_of(IA3, name))
     lengths, bias = adapters.get(kwarg_of(DORA, name)), adapters.get(kwarg_of(BIAS, name))
     change = None

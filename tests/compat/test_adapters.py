@@ -13,7 +13,11 @@ import peft
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
@@ -22,6 +26,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from moe import ConfigError, DistributedModel, SoftPrompt, combine, load_peft, save_peft
 from moe.architectures import Architecture
 from moe.client.adapters import from_peft, to_peft
+from moe.client.adapters.peft_settings import Settings
 from moe.server.expert_backend import ExpertBackend
 from moe.server.pretrained import PretrainedBlock, PretrainedModel
 from moe.testing import MemorySwarm, memory_swarm
@@ -112,7 +117,6 @@ def assert_same_outputs(here: DistributedModel, adapter: Any, there: Any) -> Non
 
 
 def assert_same_gradients(here: DistributedModel, adapter: Any, there: Any) -> None:
-    grads = []
     for model, kwargs in ((here, dict(adapters=adapter)), (there, {})):
         model.zero_grad()
         output = output_of(model, **kwargs)
@@ -222,6 +226,69 @@ def test_biases_of_everything(tmp_path: Path) -> None:
         assert_same_outputs(here, adapter, there)
         with pytest.raises(ConfigError, match=r"(embeddings|pooler|classifier)\..*pass the DistributedModel"):
             load_peft(tmp_path / "peft", LAYERS)
+
+
+PATHS = [
+    f"{parent}.{index}.{linear}"
+    for parent, linears in (
+        ("bert.encoder.layer", ("attention.self.query", "attention.output.dense", "output.dense")),
+        ("model.layers", ("self_attn.q_proj", "mlp.down_proj")),
+    )
+    for index in (0, 1, 10)
+    for linear in linears
+]
+NAMES = st.sampled_from(
+    [
+        "query",
+        "dense",
+        "output.dense",
+        "q_proj",
+        "proj",
+        "self",
+        "layer.1.output.dense",
+        *PATHS[::3],
+        "classifier",
+        "0",
+        "e",
+        "",
+    ]
+)
+PATTERNS = st.sampled_from(
+    [
+        ".*query", ".*dense", r".*\.1\..*", "query|q_proj", "(query|dense)", r"layers\.1", "layer.1.output.dense", ".*", "",
+        "attention", r"^bert.*", r"^model\..*proj$", r"(?!bert).*", *PATHS[::4],
+    ]
+)  # fmt: skip
+LISTS = st.lists(NAMES, max_size=3)
+
+
+@given(
+    targets=LISTS | PATTERNS,
+    excluded=st.none() | LISTS | PATTERNS,
+    indices=st.none() | st.integers(0, 11) | st.lists(st.integers(0, 11), max_size=3),
+    layers=st.none()
+    | st.sampled_from(["layer", "layers", "encoder.layer"])
+    | st.lists(st.sampled_from(["layer", "layers"])),
+    ranks=st.dictionaries(PATTERNS, st.integers(1, 64), max_size=3),
+    alphas=st.dictionaries(PATTERNS, st.integers(1, 64), max_size=3),
+    whole=st.none() | st.lists(st.sampled_from(["classifier", "output", "query", "encoder"]), max_size=2),
+)
+def test_the_same_layers_ranks_and_alphas(
+    targets: Any, excluded: Any, indices: Any, layers: Any, ranks: dict[str, int], alphas: dict[str, int], whole: Any
+) -> None:
+    options = dict(target_modules=targets, exclude_modules=excluded, layers_to_transform=indices, layers_pattern=layers)
+    options |= dict(rank_pattern=ranks, alpha_pattern=alphas, modules_to_save=whole)
+    try:
+        config: Any = peft.LoraConfig(**options)
+    except ValueError:
+        with pytest.raises(ConfigError):
+            Settings({"peft_type": "LORA", **options}, "file")
+        return
+    settings = Settings({"peft_type": "LORA", **options}, "file")
+    for path in PATHS:
+        assert settings.is_targeted(path) == bool(check_target_module_exists(config, path)), path
+        assert settings.rank_of(path) == ranks.get(get_pattern_key(ranks.keys(), path), config.r)
+        assert settings.alpha_of(path) == alphas.get(get_pattern_key(alphas.keys(), path), config.lora_alpha)
 
 
 def test_adapters_of_another_model(models: Callable[[str], Hosted], tmp_path: Path) -> None:
@@ -526,7 +593,8 @@ def test_nothing_is_put_into_a_model_from_a_file_that_is_refused(
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_converted_files(init: str, models: Callable[[str], Hosted], tmp_path: Path) -> None:
     made = models("llama")
-    there, here = peft.get_peft_model(made.whole(), lora(init_lora_weights=init)), made.here()
+    there: Any = peft.get_peft_model(made.whole(), lora(init_lora_weights=init))
+    here = made.here()
     there.peft_config["default"].init_lora_weights = True
     there.save_pretrained(tmp_path / "initial")
     with torch.no_grad():

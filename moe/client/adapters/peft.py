@@ -92,7 +92,9 @@ def to_peft(adapter: Adapter, model: Any, **settings: Any) -> tuple[dict[str, An
     :param settings: see save_peft
     :raises ConfigError: what peft could not load
     """
-    where = model if isinstance(model, str) else model.block_path
+    where = model if isinstance(model, str) else getattr(model, "block_path", None)
+    if not isinstance(where, str):
+        raise ConfigError(f"expected a DistributedModel, or its block_path, got {model!r:.100}")
     local = getattr(where, "local", None)
     if isinstance(adapter, SoftPrompt):
         known, state = _soft_to_peft(adapter)

@@ -224,7 +224,10 @@ class Settings:
             return False
         if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in self.get("modules_to_save", ())):
             return False
-        return self._targets is None or (self._targets(path) and self._is_in_layers(path))
+        targets = self.get("target_modules")
+        if self._targets is None or (not isinstance(targets, str) and path in targets):
+            return True  # peft: whole names are taken whatever layers_to_transform says
+        return self._targets(path) and self._is_in_layers(path)
 
     def begins_at_random(self) -> bool:
         """Does an adapter that is not trained yet change something?"""
