@@ -24,7 +24,16 @@ from torch import nn
 from moe.architectures import BIAS, DORA, IA3, IA3_INPUT, LORA, kwarg_of, linear_of
 from moe.client.adapters.modules import BlockAdapter, Ia3Adapter, LoraAdapter, PrefixAdapter, SoftPrompt
 from moe.client.adapters.peft_files import SETTINGS, WEIGHTS, check_tensors, read_adapter
-from moe.client.adapters.peft_settings import HEADS, IA3_KIND, LORA_KIND, PREFIX_KIND, PROMPT_KIND, SOFT_KINDS, Settings
+from moe.client.adapters.peft_settings import (
+    HEADS,
+    IA3_KIND,
+    LORA_KIND,
+    MAX_NAME,
+    PREFIX_KIND,
+    PROMPT_KIND,
+    SOFT_KINDS,
+    Settings,
+)
 from moe.errors import ConfigError, RemoteError, RoutingError, TransportError
 from moe.schema import ExpertSchema, TensorProto
 
@@ -288,6 +297,8 @@ def _split(file: _File, state: Mapping[str, torch.Tensor]) -> tuple[list[_Layer]
             raise file.error(
                 key, f"expected {known} in blocks; modules that are trained whole (modules_to_save) can be local only"
             )
+        if len(key) > MAX_NAME:
+            raise file.error(key, f"expected a name of {MAX_NAME} characters at most")
         if index >= file.model.num_blocks:
             raise file.error(key, f"does not belong to any of the {file.model.num_blocks} blocks")
         path = f"{matched['blocks']}.{index}.{name}"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from moe.errors import ConfigError
 
 SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MAX_SETTINGS = 2**24  # bytes of adapter_config.json; ours
+MAX_SETTINGS = 2**22  # bytes of adapter_config.json; ours
 
 
 class AdapterFiles(NamedTuple):

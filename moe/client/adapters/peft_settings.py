@@ -7,11 +7,12 @@ tensors. Fields, defaults and the rules for names are those of peft 0.21.2 (http
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe.errors import ConfigError
@@ -33,7 +34,7 @@ HEADS = {  # by task: modules that peft trains and saves besides
 }
 MAX_REPEATS, OPTIONAL = 4, 0.25  # in a pattern of names, and what "?" counts as; ours: more can take years to say no
 MATCHING_S = 1.0  # for all names and patterns; ours
-MAX_NAME = 200  # characters of a name that a pattern is matched with; ours, same reason
+MAX_NAME = 200  # characters of the name of a layer; ours, same reason
 MAX_COUNT, MAX_NUMBER = 2**31, 1e30
 
 _CONVERT = (
@@ -199,6 +200,7 @@ class Settings:
         self._excluded = self._matcher("exclude_modules")
         self._feedforward = self._matcher("feedforward_modules")
         self._ranks, self._alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+        self._layers = self._patterns("layers_pattern", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
 
     def error(self, field: str, problem: str) -> ConfigError:
         """An error that says where it is."""
@@ -220,14 +222,15 @@ class Settings:
 
     def is_targeted(self, path: str) -> bool:
         """Would peft adapt the linear layer of this name? True if the file does not say: peft has defaults for models."""
-        if self._excluded is not None and self._excluded(path):
-            return False
-        if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in self.get("modules_to_save", ())):
-            return False
-        targets = self.get("target_modules")
-        if self._targets is None or (not isinstance(targets, str) and path in targets):
-            return True  # peft: whole names are taken whatever layers_to_transform says
-        return self._targets(path) and self._is_in_layers(path)
+        with self._timed("target_modules, exclude_modules, modules_to_save"):
+            if self._excluded is not None and self._excluded(path):
+                return False
+            if any(f".{name}." in f".{path}." for name in self.get("modules_to_save", ())):
+                return False
+            targets = self.get("target_modules")
+            if self._targets is None or (not isinstance(targets, str) and path in targets):
+                return True  # peft: whole names are taken whatever layers_to_transform says
+            return self._targets(path) and self._is_in_layers(path)
 
     def begins_at_random(self) -> bool:
         """Does an adapter that is not trained yet change something?"""
@@ -236,15 +239,18 @@ class Settings:
 
     def is_feedforward(self, path: str) -> bool | None:
         """Does IA3 scale what this layer takes? None: the file does not say."""
-        return None if self._feedforward is None else self._feedforward(path)
+        with self._timed("feedforward_modules"):
+            return None if self._feedforward is None else self._feedforward(path)
 
     def rank_of(self, path: str) -> int:
         """Of the LoRA of a layer."""
-        return int(self._of_pattern(self._ranks, path, self.get("r", 8)))
+        with self._timed("rank_pattern"):
+            return int(next((v for pattern, v in self._ranks if pattern.match(path)), self.get("r", 8)))
 
     def alpha_of(self, path: str) -> float:
         """Of the LoRA of a layer."""
-        return float(self._of_pattern(self._alphas, path, self.get("lora_alpha", 8)))
+        with self._timed("alpha_pattern"):
+            return float(next((v for pattern, v in self._alphas if pattern.match(path)), self.get("lora_alpha", 8)))
 
     # --- inside ---------------------------------------------------------------------------------------------------------
 
@@ -268,6 +274,13 @@ class Settings:
             )
         if self.get("layers_pattern") and indices is None:
             raise self.error("layers_pattern", "needs layers_to_transform")
+        inputs, targets = self.get("feedforward_modules"), self.get("target_modules")
+        if inputs and targets is not None and not isinstance(inputs, str) and not isinstance(targets, str):
+            others = set(inputs) - set(targets)
+            if others:
+                raise self.error(
+                    "feedforward_modules", f"expected names that are in target_modules, got {_short(sorted(others))}"
+                )
 
     def _matcher(self, field: str) -> Callable[[str], bool] | None:
         """Does a name belong to a list of last parts of names, or match a pattern? None: nothing is said."""
@@ -278,36 +291,32 @@ class Settings:
             if field == "target_modules" and value.lower() == "all-linear":
                 return lambda path: True
             pattern = self._compile(field, value, "{}")
-            return lambda path: self._timed(field, pattern.fullmatch, path)
-        if field == "feedforward_modules":  # peft: without the dot
-            return lambda path: any(path.endswith(name) for name in value)
-        return lambda path: any(path == name or path.endswith(f".{name}") for name in value)
+            return lambda path: pattern.fullmatch(path) is not None
+        if field == "feedforward_modules":  # peft: also in the middle of a part
+            return lambda path: path.endswith(tuple(value))
+        names = set(value)
+        return lambda path: any(path[match.start() :].lstrip(".") in names for match in re.finditer(r"^|\.", path))
 
-    def _patterns(self, field: str) -> list[tuple[re.Pattern[str], Any]]:
-        return [(self._compile(field, p, r"(.*\.)?({})$"), v) for p, v in self.get(field, {}).items()]
-
-    def _of_pattern(self, patterns: Iterable[tuple[re.Pattern[str], Any]], path: str, default: Any) -> Any:
-        found = (
-            value for pattern, value in patterns if self._timed("rank_pattern, alpha_pattern", pattern.match, path)
+    def _patterns(self, field: str, around: str = r"(.*\.)?({})$") -> list[tuple[re.Pattern[str], Any]]:
+        given = self.get(field, {})
+        given = (
+            {given: None} if isinstance(given, str) else given if isinstance(given, Mapping) else dict.fromkeys(given)
         )
-        return next(found, default)
+        return [(self._compile(field, pattern, around), value) for pattern, value in given.items()]
 
     def _is_in_layers(self, path: str) -> bool:
-        indices, patterns = self.get("layers_to_transform"), self.get("layers_pattern", ())
-        if indices is None or indices in ([], ()):
+        indices = self.get("layers_to_transform", ())
+        if not isinstance(indices, int) and not indices:
             return True
-        if not patterns:
-            matched = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
-        else:
-            patterns = [patterns] if isinstance(patterns, str) else patterns
-            compiled = (self._compile("layers_pattern", p, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.") for p in patterns)
-            matched = next((m for pattern in compiled if (m := pattern.match(path))), None)
+        patterns = [pattern for pattern, _ in self._layers] or [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
+        matched = next((m for pattern in patterns if (m := pattern.match(path))), None)
         return matched is not None and int(matched["idx"]) in ([indices] if isinstance(indices, int) else indices)
 
     def _compile(self, field: str, pattern: str, around: str) -> re.Pattern[str]:
         try:
-            compiled = re.compile(around.replace("{}", pattern))
-            repeats = _repeats(_parser().parse(pattern))
+            with self._timed(field):
+                compiled = re.compile(around.replace("{}", pattern))
+                repeats = _repeats(_parser().parse(pattern))
         except (re.error, OverflowError, RecursionError) as e:
             raise self.error(field, f"{_short(pattern)} is not a pattern of names: {e}") from None
         if repeats > MAX_REPEATS:
@@ -317,15 +326,14 @@ class Settings:
             )
         return compiled
 
-    def _timed(self, field: str, match: Callable[[str], Any], path: str) -> bool:
-        if len(path) > MAX_NAME:
-            raise self.error(field, f"expected names of {MAX_NAME} characters at most, got {_short(path)}")
+    @contextlib.contextmanager
+    def _timed(self, field: str) -> Iterator[None]:
+        """Names and patterns of a file may be any, and many."""
         began = time.perf_counter()
-        found = match(path) is not None
+        yield
         self._spent_s += time.perf_counter() - began
         if self._spent_s > MATCHING_S:
-            raise self.error(field, "its patterns take too long: list the names")
-        return found
+            raise self.error(field, "matching its names takes too long: list fewer")
 
 
 def is_neutral(value: Any) -> bool:
