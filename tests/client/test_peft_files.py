@@ -158,10 +158,10 @@ def test_any_number_of_names(field: str, tmp_path: Path) -> None:
     value = names if field.endswith("_pattern") else list(names)
     settings = {"peft_type": "LORA", field: value}
     folder = write(tmp_path, settings, {key: torch.ones(8, 8) for key in keys})
-    began = time.perf_counter()
+    began = time.thread_time()
     with contextlib.suppress(ConfigError):
         load_peft(folder, BLOCKS)
-    assert time.perf_counter() - began < 2
+    assert time.thread_time() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ HEADS = {  # by task: modules that peft trains and saves besides
     "FEATURE_EXTRACTION": (),
 }
 MAX_REPEATS, OPTIONAL = 4, 0.25  # in a pattern of names, and what "?" counts as; ours: more can take years to say no
-MATCHING_S = 1.0  # for all names and patterns; ours
+MATCHING_S = 1.0  # of the processor, for all names and patterns; ours
 MAX_NAME = 200  # characters of the name of a layer; ours, same reason
 MAX_COUNT, MAX_NUMBER = 2**31, 1e30
 
@@ -329,9 +329,9 @@ class Settings:
     @contextlib.contextmanager
     def _timed(self, field: str) -> Iterator[None]:
         """Names and patterns of a file may be any, and many."""
-        began = time.perf_counter()
+        began = time.thread_time()
         yield
-        self._spent_s += time.perf_counter() - began
+        self._spent_s += time.thread_time() - began
         if self._spent_s > MATCHING_S:
             raise self.error(field, "matching its names takes too long: list fewer")
 
