@@ -1,25 +1,19 @@
 """Pretrained models that can be hosted block by block. Owns: what server and client have to agree on: where a model has its
-blocks, how many there are, and what the kwargs of a block are called.
+blocks, how they are made, and what the kwargs of a block are called.
 
 Everything of transformers (https://github.com/huggingface/transformers, an optional extra) is imported here and only when it is
-used. Nothing is ever fetched from the network: a model is a folder on this machine. Must not know: servers, clients, weights.
+used. Must not know: servers, clients, weights, which settings of a model are honoured (moe.model_config).
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError
 
 MIN_TRANSFORMERS = 5  # since then a layer returns its hidden states alone
-ROPE_WITH_MEMORY = (
-    "dynamic",
-    "longrope",
-)  # what they compute for one caller depends on how long others' sequences were
 
 # What the kwargs of a block begin with, before the name of one of its linear layers
 LORA, IA3, IA3_INPUT = "lora_", "ia3_", "ia3_input_"
@@ -30,13 +24,17 @@ DORA, BIAS = "dora_", "bias_"  # bias_ also before the name of a norm
 class Architecture:
     """A family of models whose blocks take hidden states (batch, length, hidden) and return the same.
 
-    Another family is another line in ARCHITECTURES, if its layers are called like these.
+    Another family is another line in ARCHITECTURES, if its layers are called like these; a server compares a block with the
+    whole model of transformers before it announces one.
 
     :param package: in ``transformers.models``
     :param layer: class of a block, made by ``layer(config, index)``
-    :param blocks: name of the list of blocks, in models and checkpoints; heads put a prefix before it
+    :param blocks: where the model without a head has its blocks; in checkpoints, heads put a prefix before it
     :param causal: positions see themselves and earlier ones only
     :param rotary: class that turns position ids into rotary embeddings; None: positions are embedded before the first block
+    :param packed: without a mask, position ids tell several sequences in one row apart
+    :param fewest_blocks: that a model of this class can be made with
+    :param alibi: blocks take a bias for the distance of positions (Press et al. 2021), made by ``build_alibi_tensor``
     """
 
     package: str
@@ -44,9 +42,12 @@ class Architecture:
     blocks: str
     causal: bool = False
     rotary: str | None = None
+    packed: bool = False
+    fewest_blocks: int = 0
+    alibi: bool = False
 
     def find(self, name: str) -> Any:
-        """A class of this family.
+        """A class or function of this family.
 
         :raises ConfigError: transformers is missing or too old
         """
@@ -54,12 +55,43 @@ class Architecture:
         return getattr(importlib.import_module(f"transformers.models.{self.package}.modeling_{self.package}"), name)
 
 
+def _encoder(package: str, name: str) -> Architecture:
+    return Architecture(package, f"{name}Layer", "encoder.layer")
+
+
+def _decoder(package: str, name: str, layer: str = "DecoderLayer") -> Architecture:
+    rotary = f"{name}RotaryEmbedding"
+    return Architecture(package, f"{name}{layer}", "layers", causal=True, rotary=rotary, packed=True)
+
+
 ARCHITECTURES = {
-    "bert": Architecture("bert", "BertLayer", "encoder.layer"),
-    "roberta": Architecture("roberta", "RobertaLayer", "encoder.layer"),
-    "llama": Architecture("llama", "LlamaDecoderLayer", "layers", causal=True, rotary="LlamaRotaryEmbedding"),
-    "mistral": Architecture("mistral", "MistralDecoderLayer", "layers", causal=True, rotary="MistralRotaryEmbedding"),
-    "qwen2": Architecture("qwen2", "Qwen2DecoderLayer", "layers", causal=True, rotary="Qwen2RotaryEmbedding"),
+    "bert": _encoder("bert", "Bert"),
+    "roberta": _encoder("roberta", "Roberta"),
+    "xlm-roberta": _encoder("xlm_roberta", "XLMRoberta"),
+    "camembert": _encoder("camembert", "Camembert"),
+    "electra": _encoder("electra", "Electra"),
+    "distilbert": Architecture("distilbert", "TransformerBlock", "transformer.layer"),
+    "modernbert": Architecture(
+        "modernbert", "ModernBertEncoderLayer", "layers", rotary="ModernBertRotaryEmbedding", fewest_blocks=1
+    ),
+    "llama": _decoder("llama", "Llama"),
+    "mistral": _decoder("mistral", "Mistral"),
+    "qwen2": _decoder("qwen2", "Qwen2"),
+    "qwen3": _decoder("qwen3", "Qwen3"),
+    "gemma": _decoder("gemma", "Gemma"),
+    "gemma2": _decoder("gemma2", "Gemma2"),
+    "phi": _decoder("phi", "Phi"),
+    "phi3": _decoder("phi3", "Phi3"),
+    "olmo2": _decoder("olmo2", "Olmo2"),
+    "granite": _decoder("granite", "Granite"),
+    "starcoder2": _decoder("starcoder2", "Starcoder2"),
+    "gpt_neox": _decoder("gpt_neox", "GPTNeoX", "Layer"),
+    "gpt2": Architecture("gpt2", "GPT2Block", "h", causal=True, packed=True),
+    "opt": Architecture("opt", "OPTDecoderLayer", "decoder.layers", causal=True),
+    "bloom": Architecture("bloom", "BloomBlock", "h", causal=True, alibi=True),
+    "falcon": Architecture(
+        "falcon", "FalconDecoderLayer", "h", causal=True, rotary="FalconRotaryEmbedding", alibi=True
+    ),
 }  # by model_type in config.json
 
 
@@ -75,47 +107,6 @@ def import_transformers() -> Any:
     if int(transformers.__version__.split(".")[0]) < MIN_TRANSFORMERS:
         raise ConfigError(f"transformers {transformers.__version__} is too old; version {MIN_TRANSFORMERS} is needed")
     return transformers
-
-
-def read_config(folder: str | os.PathLike[str], **settings: Any) -> Any:
-    """The configuration of a model on disk: the transformers object of its ``config.json``.
-
-    :param folder: with config.json
-    :param settings: that replace those of the file
-    :raises ConfigError: transformers is missing, or there is no such model on disk
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"model_path: there is no model in {os.fspath(folder)!r}: it has no config.json")
-    auto_config = import_transformers().AutoConfig
-    try:
-        return auto_config.from_pretrained(
-            os.fspath(folder), local_files_only=True, trust_remote_code=False, **settings
-        )
-    except Exception as e:  # of whatever is wrong with the file
-        raise ConfigError(f"model_path: cannot read {os.fspath(folder)}/config.json: {e}") from e
-
-
-def architecture_of(config: Any) -> Architecture:
-    """How the blocks of a model are found, made and called.
-
-    :raises ConfigError: of a kind that cannot be hosted; says why
-    """
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ConfigError(f"models of type {config.model_type!r} cannot be hosted; those of these types can: {known}")
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    for problem, found in (
-        ("it is quantized", getattr(config, "quantization_config", None) is not None),
-        ("it has cross-attention", bool(getattr(config, "add_cross_attention", False) or config.is_encoder_decoder)),
-        ("its attention has a window", getattr(config, "sliding_window", None) is not None or bool(windows)),
-        (f"its rotary embeddings are {rope_type}: they depend on earlier calls", rope_type in ROPE_WITH_MEMORY),
-        ("it has no blocks", config.num_hidden_layers < 1),
-    ):
-        if found:
-            raise ConfigError(f"this {config.model_type} model cannot be hosted: {problem}")
-    return architecture
 
 
 # --- names of kwargs --------------------------------------------------------------------------------------------------

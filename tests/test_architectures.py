@@ -15,13 +15,12 @@ from moe.architectures import (
     IA3,
     IA3_INPUT,
     LORA,
-    architecture_of,
     import_transformers,
     kwarg_of,
     linear_of,
-    read_config,
 )
 from moe.errors import ConfigError
+from moe.model_config import architecture_of, read_config
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
@@ -35,15 +34,17 @@ def test_what_the_table_names_exists(kind: str) -> None:
     architecture = ARCHITECTURES[kind]
     assert issubclass(architecture.find(architecture.layer), object)
     assert architecture.rotary is None or architecture.find(architecture.rotary)
-    assert architecture_of(config_of(kind, sliding_window=None)) is architecture
+    assert architecture_of(config_of(kind)) is architecture
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "complaint"),
     [
-        ("gpt2", {}, "models of type 'gpt2' cannot be hosted; those of these types can: bert, roberta, llama"),
-        ("mistral", dict(sliding_window=4096), "its attention has a window"),
-        ("qwen2", dict(layer_types=["sliding_attention"] * 32), "its attention has a window"),
+        ("t5", {}, "models of type 't5' cannot be hosted; those of these types can: bert, roberta, xlm-roberta"),
+        ("qwen2", dict(layer_types=["chunked_attention"] * 32), "layer_types has"),
+        ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention is set"),
+        ("bloom", dict(is_causal=False), "is_causal is False"),
+        ("bert", dict(attn_implementation="flash_attention_2"), "its attention is flash_attention_2"),
         ("bert", dict(is_decoder=True, add_cross_attention=True), "it has cross-attention"),
         ("bert", dict(quantization_config={"quant_method": "bitsandbytes"}), "it is quantized"),
         ("bert", dict(num_hidden_layers=0), "it has no blocks"),
@@ -63,7 +64,7 @@ def test_configurations_are_read_from_disk_only(tmp_path: Path) -> None:
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}))
     (tmp_path / "code.py").write_text("raise SystemExit('executed')")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="models of type 'x' cannot be hosted"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 36}))
     assert (read_config(tmp_path).hidden_size, read_config(tmp_path, num_labels=7).num_labels) == (36, 7)

@@ -12,29 +12,38 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
+import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from moe.architectures import BIAS, DORA, IA3, IA3_INPUT, LORA, Architecture, architecture_of, kwarg_of, read_config
+from moe.architectures import BIAS, DORA, IA3, IA3_INPUT, LORA, Architecture, import_transformers, kwarg_of
 from moe.errors import ConfigError, SchemaError
+from moe.model_config import architecture_of, attention_of, read_config, rope_parameters_of, window_of
 from moe.schema import BatchTensorProto, ExpertSchema, Nested, TensorProto
+from moe.server.masks import as_bias, seen_positions
+from moe.server.self_check import compare_with_transformers
+from moe.weight_files import read_tensors
 
-ATTENTION = "sdpa"  # torch's own: without S x S scores in memory where there is a kernel for it
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 2048  # of models that do not say it; ours
+MASK_4D, BIAS_4D = "attention_mask_4d", "attention_bias"
+# Tensors of old checkpoints that are computed today: masks of GPT-2 and GPT-NeoX, frequencies of rotary embeddings
+_COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
 
 # What torch.func.vmap says about sdpa on a CPU, where it computes callers with different adapters one after another.
 warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented the batching rule")
 
-_adapters: ContextVar[Mapping[str, Any]] = ContextVar("adapters")  # of the call that this thread computes
+_adapters: ContextVar[Mapping[str, Any]] = ContextVar("adapters", default=MappingProxyType({}))  # of this thread's call
 
 
 class PretrainedBlock(nn.Module):
@@ -47,15 +56,27 @@ class PretrainedBlock(nn.Module):
 
     def __init__(self, config: Any, architecture: Architecture, index: int):
         super().__init__()
-        config._attn_implementation = ATTENTION
         with torch.device("meta"):
-            self.layer: nn.Module = architecture.find(architecture.layer)(config, index)
+            self.layer: nn.Module = architecture.find(architecture.layer)(
+                config, *_index_of(architecture, config, index)
+            )
         self.rotary: nn.Module | None = (
             None if architecture.rotary is None else architecture.find(architecture.rotary)(config)
         )
-        self.causal = architecture.causal or bool(getattr(config, "is_decoder", False))
+        self.architecture, self.kind = architecture, _kind_of(config, index)
+        self.is_causal: bool | None = getattr(config, "is_causal", None)  # None: not told, as the architecture is
+        causal = architecture.causal or bool(getattr(config, "is_decoder", False))
+        self.causal: bool = causal and self.is_causal is not False
+        self.window = window_of(config, index)
+        self.added_mask = (
+            architecture.alibi or config._attn_implementation == "eager"
+        )  # masks are numbers, not booleans
+        takes = inspect.signature(self.layer.forward).parameters
+        pasts = [] if architecture.alibi else [name for name in ("past_key_values", "layer_past") if name in takes]
+        self.past_name = pasts[0] if pasts else None  # what the layer calls a cache
         self.hidden_size: int = config.hidden_size
-        self.max_length: int = config.max_position_embeddings
+        self.heads: int = config.num_attention_heads
+        self.max_length = _max_length(config, architecture)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.key_size: int = head_size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         for name, linear in self.linears():
@@ -87,14 +108,20 @@ class PretrainedBlock(nn.Module):
         dtype = next(self.layer.parameters()).dtype
         hidden = BatchTensorProto(None, self.hidden_size, dtype=dtype)
         positions = BatchTensorProto(None, dtype=torch.int64)
-        inputs: dict[str, Nested] = {"attention_mask": positions}
+        kwargs: dict[str, Nested] = {
+            "attention_mask": positions,
+            MASK_4D: BatchTensorProto(None, None, None, dtype=torch.bool),
+            BIAS_4D: BatchTensorProto(None, None, None),
+        }
+        if self.rotary is not None or self.architecture.packed:
+            kwargs["position_ids"] = positions
         if self.rotary is not None:
-            rotated = BatchTensorProto(None, 2 * len(self.rotary.get_buffer("inv_freq")), dtype=dtype)
-            inputs |= {"position_ids": positions, "position_embeddings": (rotated, rotated)}
-        named = inspect.signature(self.layer.forward).parameters
-        kwargs = {name: proto for name, proto in inputs.items() if name in named}
+            cosines, _ = self._rotate(torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64))
+            rotated = BatchTensorProto(None, cosines.shape[-1], dtype=dtype)
+            kwargs["position_embeddings"] = (rotated, rotated)
         kwargs["prompt"] = BatchTensorProto(None, self.hidden_size)
-        kwargs["prefix"] = {"key": TensorProto(None, self.key_size), "value": TensorProto(None, self.key_size)}
+        if self.past_name is not None:
+            kwargs["prefix"] = {"key": TensorProto(None, self.key_size), "value": TensorProto(None, self.key_size)}
         for name, linear in self.linears():
             features, taken = _weight_of(linear).shape
             kwargs[kwarg_of(LORA, name)] = {"a": TensorProto(taken, None), "b": TensorProto(None, features)}
@@ -123,6 +150,8 @@ class PretrainedBlock(nn.Module):
         hidden_states: torch.Tensor,
         *,
         attention_mask: torch.Tensor | None = None,
+        attention_mask_4d: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         prompt: torch.Tensor | None = None,
@@ -132,7 +161,11 @@ class PretrainedBlock(nn.Module):
         """(B, S, D) -> (B, S, D)
 
         :param attention_mask: (B, S), 0 where a position is padding
-        :param position_ids: (B, S), for rotary embeddings; default: 0, 1, ... after the prefix
+        :param attention_mask_4d: bool (B, 1 or heads, S, P + S), True where a query (last axis but one) sees a key, in place
+            of attention_mask and of what the model does by itself (causal, window)
+        :param attention_bias: float, of the same shape and likewise, added to the scores: 0 where a key is seen
+        :param position_ids: (B, S), for rotary embeddings; default: 0, 1, ... after the prefix. In causal models without a
+            mask, a step other than to the next position begins another sequence, which does not see those before it
         :param position_embeddings: cosines and sines (B, S, size of a head) instead of position_ids
         :param prompt: (B, P, D), added to the first P positions, see moe.DeepPrompts
         :param prefix: ``key`` and ``value`` (P, K) that every position sees before the row's own
@@ -145,13 +178,10 @@ class PretrainedBlock(nn.Module):
         layer_kwargs: dict[str, Any] = {}
         if prefix is not None:
             before = _same_length("prefix['key']", prefix["key"], "prefix['value']", prefix["value"])
-            layer_kwargs["past_key_values"] = _Prefix(prefix["key"], prefix["value"])
-        if max(length, before) > self.max_length:  # scores take S x S memory: nobody else shall be hurt by that
-            raise SchemaError(f"this model takes {self.max_length} positions at most, got {max(length, before)}")
-        if attention_mask is not None and attention_mask.shape[1] != length:
-            raise SchemaError(
-                f"attention_mask: expected {length} positions, as hidden_states, got {attention_mask.shape[1]}"
-            )
+            if self.past_name is None:
+                raise SchemaError("prefix: not available for models of this type")
+            layer_kwargs[self.past_name] = _Prefix(prefix["key"], prefix["value"])
+        self._check_lengths(length, before, attention_mask=attention_mask, position_ids=position_ids)
         if prompt is not None:
             learned = prompt.shape[1]
             if learned > length:
@@ -160,29 +190,122 @@ class PretrainedBlock(nn.Module):
             hidden_states = hidden_states + prompt.to(hidden_states.dtype)
         if self.rotary is not None:
             if position_embeddings is None:
-                if position_ids is None:
-                    position_ids = torch.arange(before, before + length, device=hidden_states.device)[None]
-                position_embeddings = self.rotary(hidden_states, position_ids)
+                positions = position_ids
+                if positions is None:
+                    positions = torch.arange(before, before + length, device=hidden_states.device)[None]
+                position_embeddings = self._rotate(hidden_states, positions)
             layer_kwargs["position_embeddings"] = position_embeddings
-        seen = self._seen(length, before, attention_mask, hidden_states.device)
+        seen: torch.Tensor | None
+        if attention_mask_4d is not None or attention_bias is not None:
+            given = attention_mask_4d if attention_bias is None else attention_bias.to(hidden_states.dtype)
+            seen = self._check_4d(given, attention_mask_4d, attention_bias, length, before)
+        else:
+            seen = seen_positions(
+                length,
+                before,
+                hidden_states.device,
+                causal=self.causal,
+                window=self.window,
+                attention_mask=attention_mask,
+                position_ids=position_ids if self.architecture.packed else None,
+            )
+        if self.architecture.alibi:
+            layer_kwargs |= self._alibi(hidden_states, attention_mask, seen)
+        else:
+            if self.added_mask and seen is not None and seen.dtype == torch.bool:
+                seen = as_bias(seen, hidden_states.dtype)
+            if self.added_mask and seen is None and self.causal:  # eager attention has no causal mask of its own
+                seen = as_bias(
+                    torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()[None, None],
+                    hidden_states.dtype,
+                )
+            layer_kwargs["attention_mask"] = seen
+            if self.is_causal is not None:
+                layer_kwargs["is_causal"] = self.causal
         token = _adapters.set(adapters)
         try:
-            output: torch.Tensor = self.layer(hidden_states, attention_mask=seen, **layer_kwargs)
+            output: Any = self.layer(hidden_states, **layer_kwargs)
         finally:
             _adapters.reset(token)
-        return output
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output  # some give attentions, too
+        return result
 
-    def _seen(
-        self, length: int, before: int, attention_mask: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor | None:
-        """Which keys (last axis) a query (last but one) sees: (B or 1, 1, S or 1, P + S); None: as the layer does by itself."""
-        seen = None
-        if self.causal and (before or attention_mask is not None):
-            seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
-        if attention_mask is not None:
-            not_padding = (attention_mask != 0)[:, None, None, :]
-            seen = not_padding if seen is None else seen & not_padding
-        return None if seen is None else nn.functional.pad(seen, (before, 0), value=True)
+    def _rotate(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (B, S, size) of positions (B, S)."""
+        assert self.rotary is not None
+        kind = () if "layer_type" not in inspect.signature(self.rotary.forward).parameters else (self.kind,)
+        cosines, sines = self.rotary(hidden_states, position_ids, *kind)
+        return cosines, sines
+
+    def _check_lengths(self, length: int, before: int, **row_wise: torch.Tensor | None) -> None:
+        if max(length, before) > self.max_length:  # scores take S x S memory: nobody else shall be hurt by that
+            raise SchemaError(f"this model takes {self.max_length} positions at most, got {max(length, before)}")
+        if before and self.window is not None and before + length > self.window:
+            raise SchemaError(
+                f"prefix: with {before} + {length} positions it is longer than the window of this block's attention, "
+                f"{self.window}"
+            )
+        for name, tensor in row_wise.items():
+            if tensor is not None and tensor.shape[1] != length:
+                raise SchemaError(f"{name}: expected {length} positions, as hidden_states, got {tensor.shape[1]}")
+
+    def _check_4d(
+        self,
+        given: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        length: int,
+        before: int,
+    ) -> torch.Tensor:
+        name = MASK_4D if bias is None else BIAS_4D
+        assert given is not None
+        if mask is not None and bias is not None:
+            raise SchemaError(f"{MASK_4D}, {BIAS_4D}: expected one of them, got both")
+        if given.shape[1] not in (1, self.heads) or given.shape[2:] != (length, before + length):
+            raise SchemaError(
+                f"{name}: expected (rows, 1 or {self.heads}, {length}, {before + length}), got {tuple(given.shape)}"
+            )
+        return given
+
+    def _alibi(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, seen: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """The bias for distances, and the mask with it, as the models of these families make them."""
+        rows, length, dtype = *hidden_states.shape[:2], hidden_states.dtype
+        if seen is None:
+            seen = torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()[None, None]
+        mask = as_bias(seen, dtype) if seen.dtype == torch.bool else seen
+        mask = mask.expand(rows, -1, -1, -1)
+        if self.rotary is not None and not getattr(self.layer.config, "alibi", False):  # Falcon has either
+            return {"alibi": None, "attention_mask": mask if self.added_mask else seen.expand(rows, -1, -1, -1)}
+        if attention_mask is None:
+            attention_mask = torch.ones(rows, length, dtype=torch.int64, device=hidden_states.device)
+        alibi = self.architecture.find("build_alibi_tensor")(attention_mask, self.heads, dtype=dtype)
+        if self.rotary is None:  # Bloom adds both in its attention
+            return {"alibi": alibi, "attention_mask": mask}
+        per_head = alibi.reshape(rows, self.heads, *alibi.shape[1:]) / (self.hidden_size // self.heads) ** 0.5
+        mask = per_head.masked_fill(mask < -1, torch.finfo(dtype).min)
+        return {"alibi": alibi, "attention_mask": mask}
+
+
+def _index_of(architecture: Architecture, config: Any, index: int) -> tuple[int, ...]:
+    """What the layer's class takes beside the configuration."""
+    parameters = inspect.signature(architecture.find(architecture.layer)).parameters
+    return (index,) if len(parameters) > 1 else ()
+
+
+def _kind_of(config: Any, index: int) -> str:
+    kinds = getattr(config, "layer_types", None)
+    return kinds[index] if kinds is not None and index < len(kinds) else "full_attention"
+
+
+def _max_length(config: Any, architecture: Architecture) -> int:
+    """How many positions a call may have: as many as are learned, else as many as the rotary embeddings are stretched to."""
+    told: int | None = getattr(config, "max_position_embeddings", None)
+    if architecture.rotary is None:
+        return told or MAX_LENGTH
+    factors = [float(rope.get("factor") or 1.0) for rope in rope_parameters_of(config)]
+    return int((told or MAX_LENGTH) * max(1.0, *factors))
 
 
 class _Prefix:
@@ -267,73 +390,81 @@ class PretrainedModel:
         self.config = read_config(folder)
         self.architecture = architecture_of(self.config)
         self.num_blocks: int = self.config.num_hidden_layers
+        model_class = import_transformers().AutoModel._model_mapping[type(self.config)]
+        self.config._attn_implementation = attention_of(self.config) or _chosen_attention(model_class)
+        self.heads_prefix: str = model_class.base_model_prefix  # of names in checkpoints of models with a head
+        self._checked: set[str] = set()
 
     def load_block(self, index: int) -> PretrainedBlock:
         """A block with its weights, in the model's dtype. Reads nothing of other blocks, if the weights are safetensors.
 
-        :raises ConfigError: the weights are missing, broken, or do not fit the configuration
+        The first block of each kind is compared with the model of transformers around it.
+
+        :raises ConfigError: the weights are missing, broken, or do not fit the configuration, or what the block computes
+            differs from transformers
         """
-        block = PretrainedBlock(self.config, self.architecture, index)
-        weights = self._read(re.compile(rf"(?:.*\.)?{re.escape(self.architecture.blocks)}\.{index}\.(.+)"))
+        try:
+            block = PretrainedBlock(self.config, self.architecture, index)
+        except Exception as e:  # of whatever transformers' layer finds wrong with the configuration
+            raise ConfigError(f"model_path: {self.folder}/config.json does not describe a block: {e}") from e
+        weights = self._weights(index)
         dtype = self.config.dtype or next((t.dtype for t in weights.values() if t.is_floating_point()), None)
         for name, tensor in weights.items():
             weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        self._check_weights(index, weights, block.layer.state_dict())
         try:
             block.layer.load_state_dict(weights, assign=True)
         except RuntimeError as e:
             raise ConfigError(f"block {index} of {self.folder} does not fit its configuration: {e}") from None
+        if block.kind not in self._checked:
+            compare_with_transformers(block, self.config)
+            self._checked.add(block.kind)
         return block
 
-    def _read(self, pattern: re.Pattern[str]) -> dict[str, torch.Tensor]:
-        """Tensors whose whole names match; under the pattern's group."""
-        found: dict[str, torch.Tensor] = {}
-        for file, names in self._files().items():
-            wanted = names is None or any(map(pattern.fullmatch, names))
-            if not wanted:
-                continue
-            read = _read_safetensors if file.suffix == ".safetensors" else _read_pickled
-            try:
-                for name, tensor in read(file, lambda name: pattern.fullmatch(name) is not None):
-                    found[_current_name(pattern.fullmatch(name)[1])] = tensor  # type: ignore[index]
-            except (OSError, RuntimeError, SafetensorError, ValueError) as e:
-                raise ConfigError(f"model_path: cannot read {file}: {e}") from e
-        return found
+    def _weights(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a block under their names in the layer, as transformers looks for them."""
+        own = f"{self.architecture.blocks}.{index}."
+        prefixes = (own, f"{self.heads_prefix}.{own}")
+        read = read_tensors(self.folder, lambda name: name.startswith(own) or f".{own}" in name)
+        weights: dict[str, torch.Tensor] = {}
+        elsewhere = sorted({name[: name.index(own)] for name in read if not name.startswith(prefixes)})
+        for name, tensor in read.items():
+            for prefix in prefixes:
+                if name.startswith(prefix):
+                    current = _current_name(name.removeprefix(prefix))
+                    if current in weights:
+                        raise ConfigError(f"model_path: {self.folder} has two tensors for {current} of block {index}")
+                    weights[current] = tensor
+        if not weights and elsewhere:
+            raise ConfigError(
+                f"model_path: the weights of {self.folder} are called {elsewhere[0]}{own}*, expected {prefixes[1]}* or {own}*: "
+                "transformers would not find them either"
+            )
+        return weights
 
-    def _files(self) -> dict[Path, list[str] | None]:
-        """The files with weights, and which tensors are in each; None: not known before it is opened."""
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (self.folder / name).is_file():
-                return {self.folder / name: None}
-            index = self.folder / f"{name}.index.json"
-            if index.is_file():
-                return self._files_of_index(index)
-        raise ConfigError(f"model_path: no weights in {self.folder}: neither model.safetensors nor pytorch_model.bin")
-
-    def _files_of_index(self, index: Path) -> dict[Path, list[str] | None]:
-        files: dict[Path, list[str] | None] = {}
-        try:
-            for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-                if Path(file).name != file:
-                    raise ValueError(f"{file!r} is not a file of this folder")
-                files.setdefault(self.folder / file, []).append(tensor)  # type: ignore[union-attr]
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
-            raise ConfigError(f"model_path: cannot read {index}: {e!r}") from e
-        return files
-
-
-def _read_safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, framework="pt") as tensors:
-        for name in filter(wanted, tensors.keys()):
-            yield name, tensors.get_tensor(name).clone()  # not a view of the file, which may change
+    def _check_weights(
+        self, index: int, weights: dict[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Report what is missing or too much, as transformers does, but refuse to go on with random weights."""
+        where = f"block {index} of {self.folder}"
+        missing = sorted(expected.keys() - weights.keys())
+        if missing:
+            raise ConfigError(
+                f"{where} does not fit its configuration: these weights are missing: {', '.join(missing)}"
+            )
+        unexpected = sorted(name for name in weights.keys() - expected.keys() if not _COMPUTED.fullmatch(name))
+        if unexpected:
+            logger.warning("%s: not used, as in transformers: %s", where, ", ".join(unexpected))
+        for name in weights.keys() - expected.keys():
+            del weights[name]
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ConfigError(f"{where}: {name} has values that are not finite")
 
 
-def _read_pickled(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # of whatever else than tensors is in it; torch would advise to execute that
-        raise ValueError("it holds something else than tensors, which is not executed") from e
-    for name in filter(wanted, state):
-        yield name, state[name].clone()
+def _chosen_attention(model_class: Any) -> str:
+    """What transformers takes by default where nothing but torch is installed."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def _current_name(name: str) -> str:

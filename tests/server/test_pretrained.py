@@ -87,8 +87,9 @@ def test_rotary_embeddings_may_be_given_instead_of_positions(folders: dict[str, 
     (block,) = blocks_of(folders["llama"], 1)
     hidden, positions = torch.randn(2, 5, HIDDEN), torch.arange(5).repeat(2, 1) * 3
     assert block.rotary is not None
-    given = block(hidden, position_embeddings=block.rotary(hidden, positions))
-    assert torch.equal(given, block(hidden, position_ids=positions))
+    mask = torch.ones(2, 5, dtype=torch.long)  # without one, such positions are those of several sequences
+    given = block(hidden, attention_mask=mask, position_embeddings=block.rotary(hidden, positions))
+    assert torch.equal(given, block(hidden, attention_mask=mask, position_ids=positions))
     assert not torch.allclose(given, block(hidden))
 
 

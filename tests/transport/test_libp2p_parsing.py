@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto.p2pd_pb2 import RPCError
-from hivemind.proto.runtime_pb2 import ExpertRequest, Tensor
+from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertResponse, Tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -416,3 +418,36 @@ def test_a_reply_is_bounded_in_all_and_not_by_tensor() -> None:
         libp2p._ReplyGate(1000).admit(0, (1,), "float33", Compression.NONE)
     with pytest.raises(ProtocolError, match="compressed as FLOAT16"):  # nobody has asked for that
         libp2p._ReplyGate(1000, {Compression.NONE}).admit(0, (1,), "float32", Compression.FLOAT16)
+
+
+@pytest.mark.parametrize("more_bytes", (0, 5000))
+def test_an_answer_has_left_before_its_stream_is_closed(more_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a reader that takes its time gets the beginning, and takes it for the whole (stock hivemind does)."""
+    message = ExpertResponse(metadata=bytes(2**18 + more_bytes))
+
+    def read_slowly(connection: socket.socket) -> int:
+        received = 0
+        connection.settimeout(10.0)
+        while piece := connection.recv(2**12):
+            received += len(piece)
+            time.sleep(0.001)
+        return received
+
+    async def run() -> int:
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        server = libp2p.LibP2PServer("", cast(Any, None))
+
+        async def answer(method: str, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await libp2p._write(writer, message)
+
+        monkeypatch.setattr(server, "_serve_stream", answer)
+        peer = SimpleNamespace(peer_id=SimpleNamespace(to_base58=lambda: "peer"))
+        serving = asyncio.ensure_future(server._stream("forward")(peer, reader, writer))
+        received = await asyncio.to_thread(read_slowly, theirs)
+        await serving
+        theirs.close()
+        return received
+
+    assert asyncio.run(run()) > message.ByteSize()

@@ -1,0 +1,98 @@
+"""Files with the weights of a model. Owns: which files of a folder hold them, in which order transformers looks, and reading
+single tensors of them.
+
+Read are tensors only: nothing that is in a file is executed. Must not know: models, servers, clients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moe.errors import ConfigError
+
+MAX_INDEX_BYTES = 2**27  # of an index of files; ours. A million tensors take 100 MiB
+MAX_HEADER_BYTES = 100 * 2**20  # of a safetensors file; that of the format
+NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_tensors(folder: Path, wanted: Callable[[str], bool], *, partial: bool = False) -> dict[str, torch.Tensor]:
+    """Tensors of a model on disk, copied to memory.
+
+    :param wanted: which, by name
+    :param partial: files that the index names and that are not there are passed over; else they are an error if wanted
+    :raises ConfigError: there are no files with weights, or one cannot be read; names it
+    """
+    found: dict[str, torch.Tensor] = {}
+    for file, names in weight_files(folder).items():
+        if names is not None and not any(map(wanted, names)):
+            continue
+        if partial and not file.exists():
+            continue
+        read = _read_safetensors if file.suffix == ".safetensors" else _read_pickled
+        try:
+            found.update(read(file, wanted))
+        except (OSError, RuntimeError, SafetensorError, ValueError) as e:
+            raise ConfigError(f"model_path: cannot read {file}: {e}") from e
+    return found
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The files with weights, and which tensors are in each; None: not known before it is opened.
+
+    :raises ConfigError: there are none, or their index cannot be read
+    """
+    for name in NAMES:
+        if (folder / name).is_file():
+            return {folder / name: None}
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _files_of_index(folder, index)
+    raise ConfigError(
+        f"model_path: no weights in {folder}: neither {' nor '.join(NAMES)}, nor an index of several files"
+    )
+
+
+def _files_of_index(folder: Path, index: Path) -> dict[Path, list[str] | None]:
+    files: dict[Path, list[str] | None] = {}
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"it is larger than {MAX_INDEX_BYTES} bytes")
+        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(file).name != file:
+                raise ValueError(f"weight_map: {file!r} is not a file of this folder")
+            if Path(file).suffix not in (".safetensors", ".bin"):
+                raise ValueError(f"weight_map: {file!r} is neither a .safetensors nor a .bin file")
+            files.setdefault(folder / file, []).append(tensor)  # type: ignore[union-attr]
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as e:
+        raise ConfigError(f"model_path: cannot read {index}: {e!r}") from e
+    return files
+
+
+def _read_safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    with file.open("rb") as opened:
+        header_bytes, size_bytes = int.from_bytes(opened.read(8), "little"), file.stat().st_size
+    if header_bytes > min(MAX_HEADER_BYTES, size_bytes):
+        raise ValueError(f"its header claims {header_bytes} bytes, in a file of {size_bytes}")
+    with safe_open(file, framework="pt") as tensors:
+        for name in filter(wanted, tensors.keys()):
+            yield name, tensors.get_tensor(name).clone()  # not a view of the file, which may change
+
+
+def _read_pickled(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    with file.open("rb") as opened:
+        zipped = opened.read(2) == b"PK"  # since torch 1.6; only such files can be mapped into memory
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:  # of whatever else than tensors is in it; torch would advise to execute that
+        raise ValueError("it is broken, or holds something else than tensors, which is not executed") from e
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}, not a dict of tensors")
+    for name in filter(lambda name: isinstance(name, str) and wanted(name), state):
+        if not isinstance(state[name], torch.Tensor):
+            raise ValueError(f"{name} is a {type(state[name]).__name__}, not a tensor")
+        yield name, state[name].detach().clone()
