@@ -123,6 +123,10 @@ def test_sizes_come_from_the_schemas(decoder: list[ExpertBackend]) -> None:
     assert PrefixAdapter.for_blocks(decoder, length=3)()[0]["prefix"]["value"].shape == (3, 16)
 
 
+def test_a_sequence_tells_what_its_blocks_take(decoder: list[ExpertBackend], remote: RemoteSequential) -> None:
+    assert remote.schemas() == [backend.schema for backend in decoder]
+
+
 def test_blocks_that_take_no_prefix() -> None:
     plain = ExpertBackend("b.0", nn.Linear(4, 4), args_schema=(BatchTensorProto(4),))
     with pytest.raises(ConfigError, match="these blocks take no prefix"):

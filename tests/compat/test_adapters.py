@@ -172,6 +172,7 @@ KINDS: dict[str, tuple[str, peft.PeftConfig]] = {
     "dropout, in eval mode": ("llama", lora(lora_dropout=0.3)),
     "fan_in_fan_out": ("llama", lora(fan_in_fan_out=True)),
     "gaussian": ("llama", lora(init_lora_weights="gaussian")),
+    "eva": ("llama", lora(init_lora_weights="eva", eva_config=peft.EvaConfig())),
     "orthogonal": ("llama", lora(init_lora_weights="orthogonal")),
     "dora": ("qwen2", lora(use_dora=True, target_modules=[*ATTENTION, "o_proj"])),
     "dora, rslora, patterns": (
