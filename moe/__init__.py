@@ -6,12 +6,12 @@ settings before torch is loaded.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe.config import ClientConfig as ClientConfig
 from moe.config import HandlerConfig as HandlerConfig
 from moe.config import ServerConfig as ServerConfig
+from moe.lazy import lazy_names
 from moe.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -91,18 +91,7 @@ _HOMES = {
         "Unavailable",
     ),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# client, server and expert_uid are attributes from the beginning, as they are of hivemind.moe
+__getattr__, __dir__, _lazy = lazy_names(__name__, _HOMES, modules=("client", "expert_uid", "server"))
 
-__all__ = ["ClientConfig", "HandlerConfig", "ServerConfig", "__version__", *sorted(_HOME_OF)]
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(home), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = ["ClientConfig", "HandlerConfig", "ServerConfig", "__version__", *_lazy]

@@ -6,12 +6,15 @@ not measured, its comment says so.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from moe.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 BUILTIN_EXPERTS = ("adapted_ffn", "det_dropout", "ffn", "nop", "nop_delay", "transformer")  # moe/server/layers
 OPTIMIZERS = ("adam", "sgd", "none")  # hivemind-server --optimizer
@@ -241,3 +244,17 @@ def replace_known(config: Any, **changes: Any) -> Any:
     if unknown:
         raise ConfigError(f"{type(config).__name__} has no setting {unknown}; it has {sorted(known)}")
     return type(config)(**{**known, **{name: value for name, value in changes.items() if value is not None}})
+
+
+_noted: set[tuple[str, str]] = set()
+
+
+def note_unused(owner: str, **given: bool) -> None:
+    """Log once for each setting that hivemind's programs give and that has no effect here.
+
+    :param owner: what takes it
+    :param given: for each setting, whether it was given
+    """
+    for name in (name for name, was_given in given.items() if was_given and (owner, name) not in _noted):
+        _noted.add((owner, name))
+        logger.info("%s: %s has no effect here; it is accepted because hivemind's takes it", owner, name)

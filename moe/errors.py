@@ -190,8 +190,8 @@ class RoutingError(MoEError):
     code = "routing"
 
 
-class NoExpertsFound(RoutingError, LookupError):
-    """No live expert matches what was asked for."""
+class NoExpertsFound(RoutingError, LookupError, RuntimeError):
+    """No live expert matches what was asked for. Also a RuntimeError, as in hivemind."""
 
     code = "no_experts"
 

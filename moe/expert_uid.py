@@ -125,6 +125,17 @@ class UidPattern:
         choices = [block if isinstance(block, range) else (block,) for block in self.blocks]
         return (UID_DELIMITER.join(map(str, picked)) for picked in itertools.product(*choices))
 
+    def __contains__(self, uid: object) -> bool:
+        if not isinstance(uid, str) or not is_valid_uid(uid):
+            return False
+        parts = uid.split(UID_DELIMITER)
+        return len(parts) == len(self.blocks) and all(
+            part.isdigit() and part.isascii() and f"{int(part)}" == part and int(part) in block
+            if isinstance(block, range)
+            else part == block
+            for part, block in zip(parts, self.blocks)
+        )
+
     def sample(self, rng: random.Random) -> ExpertUID:
         """One uid of the pattern, uniformly at random."""
         picked = (str(rng.choice(block)) if isinstance(block, range) else block for block in self.blocks)

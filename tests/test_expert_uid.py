@@ -152,6 +152,9 @@ def test_patterns_enumerate_and_sample():
     assert list(pattern) == ["ffn.1.0", "ffn.1.1", "ffn.2.0", "ffn.2.1"]
     assert {pattern.sample(random.Random(seed)) for seed in range(100)} == set(pattern)
     assert list(UidPattern("ffn.7")) == ["ffn.7"]
+    assert all(uid in pattern for uid in pattern)
+    others = ["ffn.0.0", "ffn.3.0", "ffn.1", "ffn.1.0.0", "other.1.0", "ffn.01.0", "ffn.1.", "ffn", "", 7]
+    assert [uid for uid in others if uid in pattern] == []
 
 
 @pytest.mark.parametrize(

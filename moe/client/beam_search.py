@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe.client.background import in_thread
-from moe.dht import DHT, Successor, Successors, fetch_prefixes, get_dht_time
+from moe.dht import DHT, Successor, Successors, check_dht, fetch_prefixes, get_dht_time
 from moe.errors import CallTimeout, ConfigError, NoExpertsFound
 from moe.expert_uid import (
     FLAT_EXPERT,
@@ -363,6 +363,7 @@ class MoEBeamSearcher:
     :param max_age_s: for how many seconds to remember a prefix's live experts; at most until one of them expires
     :param max_lookups: prefixes one search may ask the DHT for
     :param timeout_s: for one search, unless the call says otherwise
+    :raises ConfigError: what is given as a DHT is none, a prefix or a grid that cannot be
     """
 
     def __init__(
@@ -378,6 +379,7 @@ class MoEBeamSearcher:
         max_lookups: int = 1024,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ):
+        check_dht(dht)
         if not uid_prefix.endswith(UID_DELIMITER):
             uid_prefix += UID_DELIMITER
         if not is_valid_prefix(uid_prefix) or uid_prefix.count(UID_DELIMITER) > 1:

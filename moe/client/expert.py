@@ -20,12 +20,12 @@ from moe.client.references import KeptRows
 from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
 from moe.client.requests import Described, Gradients
 from moe.config import TRANSPORTS, ClientConfig
-from moe.dht import DHT, FoundExpert, find_experts, resolve_p2p
+from moe.dht import DHT, FoundExpert, check_dht, find_experts, resolve_p2p
 from moe.errors import LifecycleError, ProtocolError, SchemaError
 from moe.expert_uid import ExpertInfo, PeerIDLike
 from moe.schema import ExpertSchema, Nested, cast_inputs
 from moe.transport.auto import AutoTransport
-from moe.transport.base import Budget, ExpertTransport
+from moe.transport.base import Budget, Call, ExpertTransport, Reply
 from moe.transport.event_loop import client_loop, running_client_loop
 from moe.transport.libp2p import LibP2PTransport
 from moe.wire.messages import ExpertDescription
@@ -50,9 +50,14 @@ def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> Ex
 
     One of each mode is made per DHT (or P2P) and process, and closed when that is garbage-collected.
 
+    :param source: None: calls fail, with an error that says what to do
     :param mode: see ``ClientConfig.transport``
     :raises LifecycleError: the DHT does not answer
+    :raises ConfigError: what is given as a DHT is none
     """
+    if source is None:
+        return _Nowhere()
+    check_dht(source)
     if hasattr(source, "call") and hasattr(source, "info"):
         return cast(ExpertTransport, source)
     with _making_transports:
@@ -64,6 +69,30 @@ def transport_of(source: Any, mode: str = "auto", timeout_s: float = 15.0) -> Ex
             for transport in known.values():
                 weakref.finalize(source, _close_soon, transport).atexit = False
     return known[mode]
+
+
+class _Nowhere:
+    """The transport of experts that were made without anything to call, or to call through: hivemind's programs make such to
+    compute scores of experts that they never call."""
+
+    async def info(self, peer: PeerIDLike, uid: str, *, timeout_s: float | None) -> ExpertDescription:
+        """See ExpertTransport."""
+        raise self._error(uid)
+
+    async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
+        """See ExpertTransport."""
+        raise self._error(call.uid)
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    @staticmethod
+    def _error(uid: str) -> LifecycleError:
+        return LifecycleError(
+            "this expert cannot be called: it was made with p2p=None, or without a peer id. Make it with a DHT and the peer id "
+            "of its server, RemoteExpert(info, dht), or let it be found: get_experts(dht, [uid])",
+            uid=uid,
+        )
 
 
 def _close_soon(transport: ExpertTransport) -> None:
@@ -81,7 +110,8 @@ class RemoteExpert(RemoteModule):
     first input. A backward sends gradients of exactly the inputs that require them, and trains the expert, once.
 
     :param expert_info: uid and peer id
-    :param p2p: what to call through: a DHT, hivemind's P2P (``await dht.replicate_p2p()``), or an ExpertTransport
+    :param p2p: what to call through: a DHT, hivemind's P2P (``await dht.replicate_p2p()``), or an ExpertTransport; None: calls
+        raise LifecycleError
     :param replicas: further servers of the same expert, tried when the first one fails
     :param config: deadlines, retries; a failing call raises within ``config.total_timeout_s``
     """
@@ -99,9 +129,8 @@ class RemoteExpert(RemoteModule):
         super().__init__()
         self._info = ExpertInfo(*expert_info)
         self.config = config or ClientConfig()
-        self.caller = ExpertCaller(
-            self._info.uid, [self._info.peer_id, *replicas], transport_of(p2p, self.config.transport), self.config
-        )
+        transport = transport_of(p2p if self._info.peer_id is not None else None, self.config.transport)
+        self.caller = ExpertCaller(self._info.uid, [self._info.peer_id, *replicas], transport, self.config)
 
     @property
     def uid(self) -> str:

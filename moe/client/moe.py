@@ -29,6 +29,7 @@ from moe.client.references import KeptRows
 from moe.client.remote_module import RemoteModule, check_differentiable, differentiable_once, untraced
 from moe.client.requests import Gradients
 from moe.config import ClientConfig, check_positive, replace_known
+from moe.dht import check_dht
 from moe.errors import ConfigError, MoEError, NoExpertsFound, ProtocolError, SchemaError, TooFewExperts
 from moe.expert_uid import ExpertInfo
 from moe.schema import ExpertSchema, Nested
@@ -151,6 +152,7 @@ class RemoteMixtureOfExperts(RemoteModule):
         beam_search: BeamSearcher | None = None,
     ):
         super().__init__()
+        check_dht(dht)
         self.dht = dht
         self.k_best, self.k_min, self.backward_k_min = k_best, k_min, backward_k_min
         self.forward_timeout, self.backward_timeout = forward_timeout, backward_timeout
@@ -239,7 +241,7 @@ class RemoteMixtureOfExperts(RemoteModule):
         :param batch_experts: for each row, up to K experts (whatever has a ``uid``)
         :returns: (B, K); where a row has fewer experts, -inf
         """
-        assignment = Assignment.of(batch_experts, self.beam_search.uid_prefix, len(self.beam_search.grid_size))
+        assignment = Assignment.of(batch_experts, self.beam_search.uid_prefix, len(grid_scores))
         return _as_table(self._pair_scores(grid_scores, assignment), assignment)
 
     def _gating_input(self, input: torch.Tensor) -> torch.Tensor:

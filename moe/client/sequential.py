@@ -30,7 +30,7 @@ from moe.client.sequence_calls import Journey, SequenceCaller
 from moe.client.sequence_manager import SequenceManager
 from moe.client.spans import KnownBlocks, SpanCaller
 from moe.config import ClientConfig
-from moe.dht import find_experts
+from moe.dht import check_dht, find_experts
 from moe.errors import ConfigError, MissingBlocks, SchemaError
 from moe.expert_uid import UID_DELIMITER, is_valid_uid
 from moe.schema import ExpertSchema, Nested, cast_inputs, count_rows
@@ -51,7 +51,7 @@ class RemoteSequential(RemoteModule):
     :param num_blocks: how many
     :param config: deadlines, retries and routing; ``total_timeout_s`` is for a whole forward (or backward) over all blocks
     :param manager: knows the servers of exactly these blocks; default: one of its own, which ends with this module
-    :raises ConfigError: neither or both ways to say which blocks, or an invalid uid
+    :raises ConfigError: neither or both ways to say which blocks, an invalid uid, or addresses in place of a DHT
     """
 
     shared = ("dht", "uids", "config", "_shared", "_caller")
@@ -67,6 +67,7 @@ class RemoteSequential(RemoteModule):
         manager: SequenceManager | None = None,
     ):
         super().__init__()
+        check_dht(dht)
         self.uids = _uids(uids, prefix, num_blocks)
         self.dht, self.config = dht, config or ClientConfig()
         self._shared = _Shared(self.uids, manager)

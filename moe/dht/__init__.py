@@ -20,7 +20,7 @@ from moe.dht.experts import (
     retract_experts,
 )
 from moe.dht.pings import ping_peers
-from moe.dht.process import peers_line, resolve_p2p, start_dht, stop_dht, visible_addresses, visible_peer
+from moe.dht.process import check_dht, peers_line, resolve_p2p, start_dht, stop_dht, visible_addresses, visible_peer
 from moe.dht.records import FoundExpert, ServerInfo, ServerState, Successor, Successors
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "ServerState",
     "Successor",
     "Successors",
+    "check_dht",
     "check_uids",
     "declare_experts",
     "fetch_prefixes",

@@ -164,7 +164,25 @@ def _wait(dht: DHT, stage: str, future: Any, deadline: float) -> Any:
             raise
 
 
+def check_dht(dht: Any) -> None:
+    """Refuse addresses where a DHT node is expected, before they are used as one.
+
+    :raises ConfigError: says what to do
+    """
+    if isinstance(dht, (str, bytes, list, tuple, set, frozenset, Multiaddr)):
+        raise _no_dht(dht)
+
+
+def _no_dht(given: Any) -> ConfigError:
+    return ConfigError(
+        f"expected a DHT node, got {given!r:.200}; pass a DHT: moe.DHT(initial_peers=[...], start=True), with addresses "
+        f"such as /ip4/.../p2p/..."
+    )
+
+
 def _check_alive(dht: DHT, stage: str) -> None:
+    if not hasattr(dht, "_parent_pid"):
+        raise _no_dht(dht)
     if dht._parent_pid != os.getpid():
         return  # only its parent can tell
     _watch(dht)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moe.config import HandlerConfig, PoolConfig, ServerConfig, replace_known
+from moe.config import HandlerConfig, PoolConfig, ServerConfig, note_unused, replace_known
 from moe.dht import DHT, ServerInfo, ServerState, declare_experts, find_experts, get_dht_time, start_dht, stop_dht
 from moe.errors import ConfigError, MoEError
 from moe.expert_uid import UID_DELIMITER, UID_PATTERN, UidPattern, block_range, is_valid_uid
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIMIZER = partial(torch.optim.Adam)  # unlike Adam itself: nobody asked for it
 ATTEMPTS_PER_EXPERT = 10  # hivemind's: uids sampled per uid wanted, before giving up
+MAX_TOLD = 8  # uids in a message
 _ENUMERATE_UP_TO = 4096  # patterns with fewer uids are searched completely instead of sampled
 
 
@@ -113,7 +114,7 @@ def assemble(
     :param num_warmup_steps: of the schedule
     :param num_training_steps: of the schedule
     :param clip_grad_norm: clip gradients to this global norm before each step
-    :param num_handlers: accepted for hivemind's sake; one network thread serves all requests
+    :param num_handlers: hivemind's; has no effect: one network thread serves all requests
     :param min_batch_size: rows a batch waits for, briefly
     :param max_batch_size: rows in one batch
     :param device: default: cuda if there is one, else cpu
@@ -146,6 +147,7 @@ def assemble(
     :raises ConfigError: wrong or contradicting settings; nothing was started
     :raises LifecycleError: the DHT node could not start
     """
+    note_unused("Server.create", num_handlers=num_handlers is not None)
     if isinstance(expert_uids, str):
         raise ConfigError(f"expert_uids is a list of uids, got the string {expert_uids!r}")
     exact = expert_pattern is None and num_experts is None and expert_uids is not None
@@ -218,6 +220,16 @@ def assemble(
         checkpoint_path.mkdir(parents=True, exist_ok=True)
         if generated:
             uids = _saved_uids(checkpoint_path, num_experts or 0)
+            if pattern is not None:
+                others = [uid for uid in uids if uid not in pattern]
+                _warn_of_others(
+                    checkpoint_path, others, f"expert_pattern is {pattern.pattern}; they are hosted all the same"
+                )
+        elif uids:
+            others = [uid for uid in find_checkpointed_uids(checkpoint_path) if uid not in uids]
+            _warn_of_others(
+                checkpoint_path, others, f"the experts asked for are {_some(uids)}; the former are not loaded"
+            )
     make = partial(
         _make_backend,
         expert_cls=expert_cls,
@@ -375,6 +387,17 @@ def _saved_uids(checkpoint_dir: Path, num_experts: int) -> list[str]:
             f"num_experts or remove unneeded checkpoints."
         )
     return uids
+
+
+def _warn_of_others(checkpoint_dir: Path, others: Sequence[str], asked: str) -> None:
+    """If a directory has checkpoints of other experts than those asked for, it may be the wrong one."""
+    if others:
+        logger.warning("%s has checkpoints of %s, but %s", checkpoint_dir, _some(others), asked)
+
+
+def _some(uids: Sequence[str]) -> str:
+    more = f" and {len(uids) - MAX_TOLD} more" if len(uids) > MAX_TOLD else ""
+    return ", ".join(uids[:MAX_TOLD]) + more
 
 
 def generate_uids(

@@ -21,6 +21,7 @@ from moe.config import ServerConfig
 from moe.dht import PeerInfo, visible_peer
 from moe.errors import LifecycleError
 from moe.server.layers import name_to_block
+from moe.server.layers.custom_experts import take_over_hiveminds
 from moe.server.server import Server
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def background_server(
     :returns: the server's peer id and addresses
     :raises LifecycleError: (a RuntimeError) "Server failed to start: ..." with the cause; also when the process just dies
     """
+    take_over_hiveminds()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=True)
     modules = sorted({block.__module__ for block in name_to_block.values()} - {"__main__"})

@@ -29,7 +29,6 @@ from torch import nn
 
 from moe.chains import Chain
 from moe.errors import ConfigError, ExpertFailed, NonFiniteError, SchemaError, TensorNotHeld
-from moe.expert_uid import UID_PATTERN, is_valid_uid
 from moe.schema import (
     DUMMY_BATCH_SIZE,
     Entry,
@@ -67,7 +66,7 @@ _NOTHING = contextlib.nullcontext()
 class ExpertBackend:
     """A module that serves forward and backward requests, and trains if it has an optimizer.
 
-    :param name: the expert's uid
+    :param name: the expert's uid; to be hosted by a Server, it must be a valid one
     :param module: any torch module that treats the rows of a batch independently of each other. Its linear layers may get
         another kernel (moe.server.matmul)
     :param optimizer: steps after every backward batch; None: the expert never changes. Adam gets torch's fused kernel
@@ -84,6 +83,7 @@ class ExpertBackend:
     :param max_batch_size: rows in one batch
     :param timeout: see min_batch_size
     :param pool_size: requests of one kind that may wait; more are refused as Overloaded
+    :param prefetch_batches: hivemind's; with ``daemon`` and ``start`` it has no effect: see TaskPool
     :raises SchemaError: wrong schema, or the module does not do what it says
     :raises ConfigError: settings that contradict each other
     """
@@ -106,9 +106,12 @@ class ExpertBackend:
         max_batch_size: int = 4096,
         timeout: float | None = None,
         pool_size: int | None = None,
+        prefetch_batches: int = 1,
+        daemon: bool = True,
+        start: bool = False,
     ):
-        if not is_valid_uid(name):
-            raise ConfigError(f"{name!r} is not a valid expert uid; uids follow {UID_PATTERN.pattern}")
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            raise ConfigError(f"an expert's name is its uid, such as 'ffn.3.7', got {name!r:.100}")
         if optimizer is None and scheduler is not None:
             raise ConfigError(f"{name}: a scheduler needs an optimizer")
         if accumulate_steps < 1:
@@ -139,7 +142,15 @@ class ExpertBackend:
         self._attributes = _attributes_of(module)
         self._has_buffers = next(iter(module.buffers()), None) is not None
         self._empty = EmptyOutputs(self.schema.output_entries)
-        pool = dict(max_batch_size=max_batch_size, min_batch_size=min_batch_size, timeout=timeout, pool_size=pool_size)
+        pool = dict(
+            max_batch_size=max_batch_size,
+            min_batch_size=min_batch_size,
+            timeout=timeout,
+            pool_size=pool_size,
+            prefetch_batches=prefetch_batches,
+            daemon=daemon,
+            start=start,
+        )
         self.forward_pool = TaskPool(self._run_forward, name=f"{name}_forward", **cast(Any, pool))
         self.backward_pool = TaskPool(self._run_backward, name=f"{name}_backward", **cast(Any, pool))
         self.forward_pool.submit_task = self.submit_forward  # type: ignore[method-assign]

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from prefetch_generator import BackgroundGenerator
 
-from moe.errors import LifecycleError, MoEError, Unavailable
+from moe.config import note_unused
+from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
 from moe.server.execution import as_expert_failure, is_out_of_memory
 from moe.server.task_pool import Task, TaskPool
 from moe.server.transfer import Loaded, Loader
@@ -53,9 +54,12 @@ class Runtime:
     """Runs the batches of all pools on one device, in one thread.
 
     :param backends: by uid; their pools are served, each once. More may come and some go later: ``add``, ``remove``
-    :param device: backends and batches are moved there; None: they stay where they are
     :param prefetch_batches: batches moved to the device ahead of time; None: 1 on an accelerator, 0 on CPU, where moving
         is free and every batch taken early is a batch that can no longer grow
+    :param sender_threads: hivemind's; has no effect: the thread that has a result gives it to who waits
+    :param device: backends and batches are moved there; None: they stay where they are
+    :param stats_report_interval: hivemind's; has no effect here: Server's has
+    :param module_backends: hivemind's name of ``backends``
     :param on_batch: called in the loop before each batch; what it raises ends the Runtime (for fault injection)
     :param clock: monotonic seconds
 
@@ -66,13 +70,21 @@ class Runtime:
 
     def __init__(
         self,
-        backends: Mapping[str, HasPools],
-        *,
-        device: torch.device | str | None = None,
+        backends: Mapping[str, HasPools] | None = None,
         prefetch_batches: int | None = None,
+        sender_threads: int = 1,
+        device: torch.device | str | None = None,
+        stats_report_interval: float | None = None,
+        *,
+        module_backends: Mapping[str, HasPools] | None = None,
         on_batch: BatchHook | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        backends = backends if backends is not None else module_backends
+        if backends is None:
+            raise ConfigError("a Runtime takes the backends whose pools it serves: backends={uid: backend}")
+        reported_by_server = stats_report_interval is not None
+        note_unused("Runtime", sender_threads=sender_threads != 1, stats_report_interval=reported_by_server)
         self.backends: dict[str, HasPools] = dict(backends)
         self.device = torch.device(device) if device is not None else None
         on_accelerator = self.device is not None and self.device.type != "cpu"
@@ -91,6 +103,11 @@ class Runtime:
         self._busy_since = self._wanted_until = math.inf
         self._thread: threading.Thread | None = None
         self._on_failure: Callable[[BaseException], None] | None = None
+
+    @property
+    def module_backends(self) -> Mapping[str, HasPools]:
+        """hivemind's name of ``backends``."""
+        return self.backends
 
     def __repr__(self) -> str:
         state = "failed" if self.failure else "running" if self.is_alive() else "not running"

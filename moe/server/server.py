@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from moe.config import HandlerConfig, ServerConfig, replace_known
+from moe.config import HandlerConfig, ServerConfig, note_unused, replace_known
 from moe.dht import DHT, Announcer, ServerInfo, check_uids, resolve_p2p, stop_dht, visible_addresses
 from moe.errors import ConfigError, LifecycleError, MoEError, Unavailable
+from moe.lazy import lazy_names
 from moe.server.assembly import ServerParts, assemble
 from moe.server.authorization import Authorizer
 from moe.server.blocks import BlockSource
@@ -41,6 +42,12 @@ from moe.transport.direct import DirectServer
 from moe.transport.event_loop import EventLoopThread
 from moe.transport.libp2p import LibP2PServer
 from moe.version import __version__
+
+if TYPE_CHECKING:
+    from moe.server.background import background_server as background_server
+
+# It needs this module, and hivemind's users know it from here.
+__getattr__, __dir__, _ = lazy_names(__name__, {"moe.server.background": ("background_server",)})
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +85,7 @@ class Server:
 
     :param dht: a DHT node; the server shuts it down with itself, as hivemind's does
     :param expert_backends: experts by uid
-    :param num_connection_handlers: accepted for hivemind's sake; one network thread serves all requests
+    :param num_connection_handlers: hivemind's; has no effect: one network thread serves all requests
     :param update_period: seconds between announcements
     :param expiration: seconds an announcement lives; default twice the period
     :param start: start now, and return when requests can be served
@@ -86,6 +93,7 @@ class Server:
     :param module_backends: hivemind's name of ``expert_backends``
     :param device: where experts compute; None: where they are
     :param prefetch_batches: see Runtime
+    :param sender_threads: see Runtime
     :param stats_report_interval: seconds between log lines of served rows
     :param handler_config: what is accepted from the network
     :param config: periods and timeouts; single settings above win over it
@@ -125,6 +133,7 @@ class Server:
         if backends is None or (expert_backends is not None and module_backends is not None):
             raise ConfigError("a Server takes the experts it hosts, once: expert_backends={uid: backend}")
         check_uids(backends)
+        note_unused("Server", num_connection_handlers=num_connection_handlers != 1)
         self.config: ServerConfig = replace_known(
             config or ServerConfig(),
             update_period_s=update_period,
@@ -132,7 +141,7 @@ class Server:
             stats_report_interval_s=stats_report_interval,
         )
         self.dht = dht
-        self.runtime = Runtime(backends, device=device, prefetch_batches=prefetch_batches, on_batch=on_batch)
+        self.runtime = Runtime(backends, prefetch_batches, sender_threads, device, on_batch=on_batch)
         self.handler = ConnectionHandler(backends, handler_config, authorize=authorize)
         self.checkpoint_saver = (
             None

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe.config import PoolConfig
+from moe.config import PoolConfig, note_unused
 from moe.errors import DeadlineExceeded, ExpertFailed, LifecycleError, MoEError, Overloaded, Unavailable
 from moe.schema import BatchTensorProto, Entry, signature, validate
 from moe.server.batching import BatchQueue, Rank, Waiting
@@ -109,7 +109,10 @@ class TaskPool:
     :param name: for logs and statistics
     :param min_batch_size: rows to wait for, for at most ``timeout`` seconds
     :param timeout: see min_batch_size; default 0.05 s
-    :param pool_size: tasks that may wait; more are refused as Overloaded
+    :param pool_size: tasks that may wait; more are refused as Overloaded. None or 0 (in hivemind: any number): 4096
+    :param prefetch_batches: hivemind's; has no effect, see Runtime's
+    :param daemon: hivemind's; has no effect, this is no process
+    :param start: hivemind's; has no effect, a Runtime serves the pool
     :param clock: monotonic seconds
     """
 
@@ -121,16 +124,20 @@ class TaskPool:
         min_batch_size: int = 1,
         timeout: float | None = None,
         pool_size: int | None = None,
+        prefetch_batches: int = 1,
+        daemon: bool = True,
+        start: bool = False,
         *,
         max_pending_per_peer: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        note_unused("TaskPool", prefetch_batches=prefetch_batches != 1, daemon=not daemon, start=start)
         defaults = PoolConfig()
         self.config = PoolConfig(
             min_batch_size=min_batch_size,
             max_batch_size=max_batch_size,
             max_wait_s=defaults.max_wait_s if timeout is None else timeout,
-            max_pending_tasks=defaults.max_pending_tasks if pool_size is None else pool_size,
+            max_pending_tasks=pool_size or defaults.max_pending_tasks,
             max_pending_per_peer=defaults.max_pending_per_peer
             if max_pending_per_peer is None
             else max_pending_per_peer,

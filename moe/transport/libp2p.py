@@ -48,6 +48,7 @@ from moe.errors import (
 from moe.expert_uid import MAX_UID_LENGTH, PeerIDLike
 from moe.schema import DTYPES, MAX_TENSORS, Compression
 from moe.transport.base import FORWARD, Admission, Call, ExpertService, Reply, end, within
+from moe.transport.in_process import OwnServer, find_own, register, unregister
 from moe.transport.tickets import Ticket, decode_ticket, encode_ticket
 from moe.wire.hivemind_dialect import (
     CHUNK_BYTES,
@@ -106,6 +107,8 @@ _STREAM_BACKLOG = 4096  # Linux allows no more unless told so
 _ERROR_NAME = re.compile(r"(\w{1,64})\(")  # how the repr of an exception begins, in which unary calls relay it
 _MAX_ERROR_BYTES = 2**16  # of the message that ends a stream with an error
 _NOT_REACHED = ("failed to find any peer", "failed to dial", "no addresses", "routing: not found", "no good addresses")
+
+_TO_ITSELF = "dial to self"
 
 
 async def _in_thread(size_bytes: int, func: Callable[..., Any], *args: Any) -> Any:
@@ -403,6 +406,8 @@ class LibP2PTransport:
         """See ExpertTransport."""
         name = peer.to_base58()
         with _translated(name, uid):
+            if (own := find_own(self._daemon_maddr, name)) is not None:
+                return await own.info(uid, timeout_s)
             asking = self._ask(_peer_id(peer), RPC_INFO, ExpertUID(uid=uid), ExpertInfo)
             answer = await within(asking, timeout_s, f"rpc_info of {uid}", name)
             return decode_info(answer.serialized_info)
@@ -410,6 +415,8 @@ class LibP2PTransport:
     async def call(self, peer: PeerIDLike, call: Call, *, timeout_s: float | None) -> Reply:
         """See ExpertTransport."""
         name = peer.to_base58()
+        if (own := find_own(self._daemon_maddr, name)) is not None:
+            return await own.call(call, timeout_s)
         return await within(self._call(_peer_id(peer), name, call), timeout_s, f"{call.method} of {call.uid}", name)
 
     async def ticket(self, peer: PeerIDLike, *, timeout_s: float | None) -> Ticket:
@@ -419,6 +426,8 @@ class LibP2PTransport:
         """
         name = peer.to_base58()
         with _translated(name, ""):
+            if (own := find_own(self._daemon_maddr, name)) is not None:
+                return await own.ticket(timeout_s)
             asking = self._ask(_peer_id(peer), RPC_TICKET, ExpertUID(), ExpertResponse)
             answer = await within(asking, timeout_s, "asking for a direct link", name)
             return decode_ticket(answer.metadata)
@@ -555,6 +564,13 @@ def _translated(peer: str, uid: str) -> Any:
         raise _relayed_error(str(e), peer, uid) from None
     except (P2PDaemonError, ControlFailure) as e:
         text = printable(str(e))
+        if _TO_ITSELF in text:
+            raise ConnectError(
+                "the server is behind this process's own libp2p daemon, which does not call itself, and it is not in this "
+                "process: call it with a DHT of your own",
+                peer=peer,
+                uid=uid,
+            ) from None
         if any(sign in text for sign in _NOT_REACHED):
             raise ConnectError(f"the peer cannot be reached: {text}", peer=peer, uid=uid) from None
         if "protocol" in text and "not supported" in text:
@@ -578,6 +594,7 @@ class LibP2PServer:
     def __init__(self, daemon_maddr: str, service: ExpertService, issue_ticket: Callable[[str], Ticket] | None = None):
         self._daemon_maddr, self._service, self._issue_ticket = daemon_maddr, service, issue_ticket
         self._p2p: P2P | None = None
+        self._own: OwnServer | None = None
         self._requests: set[asyncio.Task[Any]] = set()
         self._streams: Counter[str] = Counter()  # open now, by peer
         self._calls: Counter[str] = Counter()  # unary ones
@@ -596,6 +613,8 @@ class LibP2PServer:
         for method, handle in _RPC_OF_METHOD.items():
             await control.add_unary_handler(handle, self._unary(method), balanced=True)
             await p2p.add_binary_stream_handler(handle + STREAM_SUFFIX, self._stream(method), balanced=True)
+        self._own = OwnServer(p2p.peer_id.to_base58(), self._service, self._issue_ticket)
+        register(self._daemon_maddr, self._own)
 
     @property
     def is_connected(self) -> bool:
@@ -610,6 +629,7 @@ class LibP2PServer:
         if self._p2p is None:
             return
         p2p, self._p2p = self._p2p, None
+        unregister(self._daemon_maddr, self._own)
         if _is_connected(p2p):  # it would not say that the daemon is gone
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._unregister(p2p), timeout=2.0)

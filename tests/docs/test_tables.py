@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,9 @@ CONFIGS = (config.ClientConfig, config.ServerConfig, config.PoolConfig, config.H
 
 
 def error_classes(cls: type[errors.MoEError] = errors.MoEError) -> list[type[errors.MoEError]]:
-    """The tree, depth first."""
-    return [
-        cls,
-        *(
-            found
-            for child in cls.__subclasses__()
-            if child.__module__ == "moe.errors"
-            for found in error_classes(child)
-        ),
-    ]
+    """The tree, depth first, in the order in which it is written."""
+    children = [c for c in vars(errors).values() if isinstance(c, type) and cls in c.__bases__]
+    return [cls, *(found for child in children for found in error_classes(child))]
 
 
 def first_sentence(text: str | None) -> str:
@@ -112,6 +106,17 @@ def test_settings() -> None:
 
     expected = [(field.name, show(field.default)) for cls in CONFIGS for field in dataclasses.fields(cls)]
     assert sorted((code(row[0]), code(row[1])) for row in table_of(OPERATIONS, "settings")) == sorted(expected)
+
+
+def test_import_paths_of_both_packages() -> None:
+    paths = {}
+    for stock, ours, hands_on in table_of(ROOT / "docs" / "moving-from-hivemind.md", "imports"):
+        names = re.findall(r"`(\w+)`", hands_on)
+        for path in (code(stock), code(ours)):
+            module = importlib.import_module(path)
+            assert [name for name in names if not hasattr(module, name)] == [], path
+        paths[code(stock)] = code(ours)
+    assert all(ours == stock.replace("hivemind.moe", "moe") for stock, ours in paths.items() if stock != "hivemind")
 
 
 def test_packages_exist_and_are_all_named() -> None:

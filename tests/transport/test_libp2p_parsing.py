@@ -420,7 +420,7 @@ def test_a_reply_is_bounded_in_all_and_not_by_tensor() -> None:
         libp2p._ReplyGate(1000, {Compression.NONE}).admit(0, (1,), "float32", Compression.FLOAT16)
 
 
-@pytest.mark.parametrize("more_bytes", (0, 5000))
+@pytest.mark.parametrize("more_bytes", [0, 5000])
 def test_an_answer_has_left_before_its_stream_is_closed(more_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a reader that takes its time gets the beginning, and takes it for the whole (stock hivemind does)."""
     message = ExpertResponse(metadata=bytes(2**18 + more_bytes))

@@ -1,7 +1,8 @@
 """The registry of expert classes. Owns: what can be hosted by name, its schema, and loading users' files.
 
 A class is registered in one of two forms: hivemind's, with a function that makes sample inputs, or with a function that
-gives its schema, which can also describe global and optional kwargs.
+gives its schema, which can also describe global and optional kwargs. Classes that a program has registered with hivemind's own
+function of the same name are taken over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ExpertClass = TypeVar("ExpertClass", bound=Callable[..., nn.Module])
 name_to_block: dict[str, Callable[..., nn.Module]] = {}
 name_to_input: dict[str, SampleInput] = {}
 name_to_schema: dict[str, SchemaFunction] = {}
+
+_HIVEMINDS = "hivemind.moe.server.layers"  # has a registry of its own; never imported here
 
 
 def register_expert_class(
@@ -106,8 +109,11 @@ def build_expert(expert_cls: str, hidden_dim: int) -> nn.Module:
 def add_custom_models_from_file(path: str | Path) -> ModuleType:
     """Execute a Python file that registers expert classes; a second time it is not executed again.
 
+    It may as well use hivemind's ``register_expert_class``.
+
     :returns: the module, which is also in ``sys.modules``
-    :raises ConfigError: if the file is missing, or its code fails; then none of its classes stay registered
+    :raises ConfigError: if the file is missing, its code fails, or it gives a class a name that is taken; then none of its
+        classes stay registered
     """
     file = Path(path).resolve()
     if not file.is_file():
@@ -119,11 +125,15 @@ def add_custom_models_from_file(path: str | Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"custom experts are a Python file, got {str(path)!r}")
     module = importlib.util.module_from_spec(spec)
-    registries: tuple[dict[str, Any], ...] = (name_to_block, name_to_input, name_to_schema)
+    registries: tuple[dict[str, Any], ...] = (name_to_block, name_to_input, name_to_schema, *_hiveminds_registries())
     registered_before = [dict(registry) for registry in registries]
+    known_to_hivemind = set(_hiveminds_registries()[0])
     sys.modules[name] = module  # before execution: dataclasses and pickle look their module up here
     try:
         spec.loader.exec_module(module)
+        take_over_hiveminds()
+        for expert_cls in _hiveminds_registries()[0].keys() - known_to_hivemind:
+            _check_one_class(expert_cls)
     except Exception as e:
         del sys.modules[name]
         for registry, before in zip(registries, registered_before):
@@ -133,6 +143,32 @@ def add_custom_models_from_file(path: str | Path) -> ModuleType:
     return module
 
 
+def take_over_hiveminds() -> None:
+    """Register what this process has registered with hivemind's ``register_expert_class``, under names that are free."""
+    blocks, inputs = _hiveminds_registries()
+    for name in blocks.keys() & inputs.keys() - name_to_block.keys():
+        name_to_block[name], name_to_input[name] = blocks[name], inputs[name]
+
+
+def _check_one_class(name: str) -> None:
+    """Refuse a name under which a program has registered one class with hivemind, while it is another one here."""
+    stock, ours = _hiveminds_registries()[0].get(name), name_to_block.get(name)
+    built_in = getattr(stock, "__module__", "").startswith("hivemind.")
+    if stock is not None and stock is not ours and not built_in:
+        raise ConfigError(
+            f"expert class {name!r} is {stock!r} in hivemind.moe, where it was registered, but {ours!r} here; choose another "
+            f"name, or import register_expert_class from moe"
+        )
+
+
+def _hiveminds_registries() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its ``name_to_block`` and ``name_to_input``; empty ones if nobody has imported it."""
+    layers = sys.modules.get(_HIVEMINDS)
+    return ({}, {}) if layers is None else (layers.name_to_block, layers.name_to_input)
+
+
 def _check_known(expert_cls: str) -> None:
+    take_over_hiveminds()
+    _check_one_class(expert_cls)
     if expert_cls not in name_to_block:
         raise ConfigError(f"unknown expert class {expert_cls!r}; registered are {', '.join(sorted(name_to_block))}")
