@@ -15,9 +15,12 @@ from moe.lazy import lazy_names
 from moe.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from moe.client.adapters import DeepPrompts as DeepPrompts
     from moe.client.adapters import Ia3Adapter as Ia3Adapter
     from moe.client.adapters import LoraAdapter as LoraAdapter
     from moe.client.adapters import PrefixAdapter as PrefixAdapter
+    from moe.client.adapters import SoftPrompt as SoftPrompt
+    from moe.client.adapters import combine as combine
     from moe.client.adapters import load_peft as load_peft
     from moe.client.adapters import save_peft as save_peft
     from moe.client.beam_search import MoEBeamSearcher as MoEBeamSearcher
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from moe.client.expert import get_experts as get_experts
     from moe.client.moe import RemoteMixtureOfExperts as RemoteMixtureOfExperts
     from moe.client.pretrained import DistributedModel as DistributedModel
-    from moe.client.prompts import DeepPrompts as DeepPrompts
     from moe.client.sequence_manager import SequenceManager as SequenceManager
     from moe.client.sequential import RemoteSequential as RemoteSequential
     from moe.client.switch_moe import RemoteSwitchMixtureOfExperts as RemoteSwitchMixtureOfExperts
@@ -42,13 +44,21 @@ if TYPE_CHECKING:
     from moe.server.server import Server as Server
 
 _HOMES = {
-    "moe.client.adapters": ("Ia3Adapter", "LoraAdapter", "PrefixAdapter", "load_peft", "save_peft"),
+    "moe.client.adapters": (
+        "DeepPrompts",
+        "Ia3Adapter",
+        "LoraAdapter",
+        "PrefixAdapter",
+        "SoftPrompt",
+        "combine",
+        "load_peft",
+        "save_peft",
+    ),
     "moe.client.beam_search": ("MoEBeamSearcher",),
     "moe.client.expert": ("RemoteExpert", "get_experts"),
     "moe.client.moe": ("RemoteMixtureOfExperts",),
     "moe.client.sequence_manager": ("SequenceManager",),
     "moe.client.pretrained": ("DistributedModel",),
-    "moe.client.prompts": ("DeepPrompts",),
     "moe.client.sequential": ("RemoteSequential",),
     "moe.client.switch_moe": ("RemoteSwitchMixtureOfExperts",),
     "moe.dht": ("DHT", "declare_experts"),

@@ -17,6 +17,7 @@ MIN_TRANSFORMERS = 5  # since then a layer returns its hidden states alone
 
 # What the kwargs of a block begin with, before the name of one of its linear layers
 LORA, IA3, IA3_INPUT = "lora_", "ia3_", "ia3_input_"
+DORA, BIAS = "dora_", "bias_"  # bias_ also before the name of a norm
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def import_transformers() -> Any:
 def kwarg_of(kind: str, linear: str) -> str:
     """The kwarg that adapts one linear layer of a block: ``lora_attention__self__query``.
 
-    :param kind: LORA, IA3 or IA3_INPUT
+    :param kind: LORA, DORA, BIAS, IA3 or IA3_INPUT
     :param linear: its name within the block, such as ``attention.self.query``
     """
     return kind + linear.replace(".", "__")
@@ -122,7 +123,7 @@ def kwarg_of(kind: str, linear: str) -> str:
 
 def linear_of(kwarg: str) -> tuple[str, str] | None:
     """Inverse of kwarg_of: (kind, name of the linear layer); None for a kwarg of another kind."""
-    for kind in (LORA, IA3_INPUT, IA3):
+    for kind in (LORA, DORA, BIAS, IA3_INPUT, IA3):  # the longer of two that begin alike first
         if kwarg.startswith(kind):
             return kind, kwarg.removeprefix(kind).replace("__", ".")
     return None

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from moe.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from moe.client.adapters import DeepPrompts as DeepPrompts
     from moe.client.adapters import Ia3Adapter as Ia3Adapter
     from moe.client.adapters import LoraAdapter as LoraAdapter
     from moe.client.adapters import PrefixAdapter as PrefixAdapter
+    from moe.client.adapters import SoftPrompt as SoftPrompt
+    from moe.client.adapters import combine as combine
     from moe.client.adapters import load_peft as load_peft
     from moe.client.adapters import save_peft as save_peft
     from moe.client.beam_search import MoEBeamSearcher as MoEBeamSearcher
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from moe.client.expert import get_experts as get_experts
     from moe.client.moe import RemoteMixtureOfExperts as RemoteMixtureOfExperts
     from moe.client.pretrained import DistributedModel as DistributedModel
-    from moe.client.prompts import DeepPrompts as DeepPrompts
     from moe.client.remote_expert_worker import RemoteExpertWorker as RemoteExpertWorker
     from moe.client.sequence_manager import SequenceManager as SequenceManager
     from moe.client.sequential import RemoteSequential as RemoteSequential
@@ -30,12 +32,20 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "moe.client.adapters": ("Ia3Adapter", "LoraAdapter", "PrefixAdapter", "load_peft", "save_peft"),
+        "moe.client.adapters": (
+            "DeepPrompts",
+            "Ia3Adapter",
+            "LoraAdapter",
+            "PrefixAdapter",
+            "SoftPrompt",
+            "combine",
+            "load_peft",
+            "save_peft",
+        ),
         "moe.client.beam_search": ("MoEBeamSearcher",),
         "moe.client.expert": ("RemoteExpert", "create_remote_experts", "get_experts"),
         "moe.client.moe": ("RemoteMixtureOfExperts",),
         "moe.client.pretrained": ("DistributedModel",),
-        "moe.client.prompts": ("DeepPrompts",),
         "moe.client.remote_expert_worker": ("RemoteExpertWorker",),
         "moe.client.sequence_manager": ("SequenceManager",),
         "moe.client.sequential": ("RemoteSequential",),

@@ -88,6 +88,24 @@ class _Call:
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)  # of the DistributedModel that this thread is in
 
 
+class BlockPath(str):
+    """Where a model has its blocks, and the local part of that model, for files that have something of both.
+
+    :ivar local: the transformers model
+    """
+
+    local: Any
+
+    def __new__(cls, path: str, local: Any = None) -> BlockPath:
+        """
+        :param path: such as ``bert.encoder.layer``
+        :param local: see above
+        """
+        made = super().__new__(cls, path)
+        made.local = local
+        return made
+
+
 class DistributedModel(nn.Module):
     """A pretrained model with local embeddings and head, and blocks in a swarm.
 
@@ -113,10 +131,10 @@ class DistributedModel(nn.Module):
                 f"{type(local).__name__} has {len(names)} lists of blocks called {architecture.blocks}, not one"
             )
         self.local, self.blocks, self.architecture = local, blocks, architecture
-        self.block_path: str = names[0]  # such as bert.encoder.layer: what adapters of other libraries call the blocks
-        parent, _, attribute = self.block_path.rpartition(".")
+        self._block_path = names[0]
+        parent, _, attribute = names[0].rpartition(".")
         setattr(local.get_submodule(parent), attribute, nn.ModuleList([_RemoteBlocks(blocks, architecture)]))
-        owner = _owner_of(local, self.block_path)
+        owner = _owner_of(local, names[0])
         owner.register_forward_pre_hook(_note_inputs, with_kwargs=True)
         owner.register_forward_hook(_forget_prefix)
         # torch has public names for these since 2.5
@@ -182,6 +200,11 @@ class DistributedModel(nn.Module):
     def config(self) -> Any:
         """Of the model: the transformers object."""
         return self.local.config
+
+    @property
+    def block_path(self) -> BlockPath:
+        """What the blocks are called in files of other libraries: ``bert.encoder.layer``."""
+        return BlockPath(self._block_path, self.local)
 
     def __getattr__(self, name: str) -> Any:
         """What the local model has."""

@@ -33,7 +33,7 @@ from moe.config import ClientConfig
 from moe.dht import check_dht, find_experts
 from moe.errors import ConfigError, MissingBlocks, SchemaError
 from moe.expert_uid import UID_DELIMITER, is_valid_uid
-from moe.schema import Nested, cast_inputs, count_rows
+from moe.schema import ExpertSchema, Nested, cast_inputs, count_rows
 from moe.transport.base import Budget
 from moe.transport.event_loop import client_loop
 
@@ -101,6 +101,16 @@ class RemoteSequential(RemoteModule):
 
     def __iter__(self) -> Iterator[RemoteExpert]:
         return iter(self._find(self.uids, Budget(self.config.total_timeout_s)))
+
+    def schemas(self) -> list[ExpertSchema]:
+        """What each block takes and returns, as servers tell it.
+
+        :raises MissingBlocks: blocks without a live server
+        :raises MoEError: no answer within the retries and the time budget
+        """
+        caller = self._get_caller()
+        described = caller.known or client_loop().run(caller.describe(Budget(self.config.total_timeout_s)))
+        return [schema for _, schema in described]
 
     def refresh(self) -> None:
         """Look all blocks up, and ask what they take, again on next use."""

@@ -10,6 +10,7 @@ times head size).
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import re
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe.architectures import IA3, IA3_INPUT, LORA, Architecture, import_transformers, kwarg_of
+from moe.architectures import BIAS, DORA, IA3, IA3_INPUT, LORA, Architecture, import_transformers, kwarg_of
 from moe.errors import ConfigError, SchemaError
 from moe.model_config import architecture_of, attention_of, read_config, rope_parameters_of, window_of
 from moe.schema import BatchTensorProto, ExpertSchema, Nested, TensorProto
@@ -81,11 +82,23 @@ class PretrainedBlock(nn.Module):
         for name, linear in self.linears():
             linear.register_forward_pre_hook(partial(_adapt_input, name))
             linear.register_forward_hook(partial(_adapt_output, name))
+        for name, norm in self.layer.named_modules():
+            if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+                norm.register_forward_hook(partial(_adapt_output, name))
         self.eval()
 
-    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """The linear layers and their names within the layer: those that adapters can adapt."""
-        return ((name, module) for name, module in self.layer.named_modules() if isinstance(module, nn.Linear))
+    def linears(self) -> Iterator[tuple[str, nn.Module]]:
+        """The linear layers and their names within the layer: those that adapters can adapt.
+
+        torch's Linear with a weight (out, in), and transformers' Conv1D with a weight (in, out).
+        """
+        kinds = (nn.Linear, importlib.import_module("transformers.pytorch_utils").Conv1D)
+        return ((name, module) for name, module in self.layer.named_modules() if isinstance(module, kinds))
+
+    def biases(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The biases (out) of linear layers and norms, and the names of these within the layer."""
+        modules = [*self.linears(), *((n, m) for n, m in self.layer.named_modules() if isinstance(m, nn.LayerNorm))]
+        return ((name, module.bias) for name, module in modules if isinstance(module.bias, torch.Tensor))
 
     def schema(self) -> ExpertSchema:
         """What the block takes: the layer's own inputs, as its signature names them, and adapters; all but the first optional.
@@ -110,10 +123,13 @@ class PretrainedBlock(nn.Module):
         if self.past_name is not None:
             kwargs["prefix"] = {"key": TensorProto(None, self.key_size), "value": TensorProto(None, self.key_size)}
         for name, linear in self.linears():
-            down, up = TensorProto(linear.in_features, None), TensorProto(None, linear.out_features)
-            kwargs[kwarg_of(LORA, name)] = {"a": down, "b": up}
-            kwargs[kwarg_of(IA3, name)] = TensorProto(linear.out_features)
-            kwargs[kwarg_of(IA3_INPUT, name)] = TensorProto(linear.in_features)
+            features, taken = _weight_of(linear).shape
+            kwargs[kwarg_of(LORA, name)] = {"a": TensorProto(taken, None), "b": TensorProto(None, features)}
+            kwargs[kwarg_of(DORA, name)] = TensorProto(features)
+            kwargs[kwarg_of(IA3, name)] = TensorProto(features)
+            kwargs[kwarg_of(IA3_INPUT, name)] = TensorProto(taken)
+        for name, bias in self.biases():
+            kwargs[kwarg_of(BIAS, name)] = TensorProto(len(bias))
         return ExpertSchema((hidden,), kwargs, hidden, tuple(kwargs))
 
     def backend_options(self, compression: int = 0) -> dict[str, Any]:
@@ -154,7 +170,8 @@ class PretrainedBlock(nn.Module):
         :param prompt: (B, P, D), added to the first P positions, see moe.DeepPrompts
         :param prefix: ``key`` and ``value`` (P, K) that every position sees before the row's own
         :param adapters: for each linear layer ``lora_*`` {"a": (in, R), "b": (R, out)}: adds ``x @ a @ b`` to its output;
-            ``ia3_*`` (out): scales its output; ``ia3_input_*`` (in): scales its input
+            ``dora_*`` (out): how long the rows of its weight are after that; ``bias_*`` (out), for norms, too: in place of its
+            own bias; ``ia3_*`` (out): scales its output; ``ia3_input_*`` (in): scales its input
         :raises SchemaError: too long, or lengths that contradict each other
         """
         length, before = hidden_states.shape[1], 0
@@ -313,14 +330,43 @@ def _adapt_input(name: str, linear: nn.Module, args: tuple[torch.Tensor]) -> tup
     return None if scale is None else (args[0] * scale.to(args[0].dtype),)
 
 
-def _adapt_output(name: str, linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+def _adapt_output(name: str, layer: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
     adapters = _adapters.get()
+    if not adapters:
+        return output
     lora, scale = adapters.get(kwarg_of(LORA, name)), adapters.get(kwarg_of(IA3, name))
+    lengths, bias = adapters.get(kwarg_of(DORA, name)), adapters.get(kwarg_of(BIAS, name))
+    change = None
     if lora is not None:
         a, b, kwarg = lora["a"], lora["b"], kwarg_of(LORA, name)
         _same_length(f"{kwarg}['a'].T", a.T, f"{kwarg}['b']", b)
-        output = output + (args[0].to(a.dtype) @ a @ b).to(output.dtype)
+        change = args[0].to(a.dtype) @ a @ b
+    if lengths is not None:
+        factor = lengths / _row_lengths(layer, lora, lengths.dtype).detach()  # as in the paper (Liu et al. 2024, 4.3)
+        without_bias = output if layer.bias is None else output - layer.bias
+        stretched = (factor - 1) * without_bias
+        change = stretched if change is None else stretched + factor * change
+    if change is not None:
+        output = (output + change).to(output.dtype)
+    if bias is not None:
+        output = (output + (bias - layer.bias)).to(output.dtype)
     return output if scale is None else output * scale.to(output.dtype)
+
+
+def _weight_of(linear: nn.Module) -> torch.Tensor:
+    """(out, in)"""
+    weight: torch.Tensor = linear.weight  # type: ignore[assignment]
+    return weight if isinstance(linear, nn.Linear) else weight.T
+
+
+def _row_lengths(linear: nn.Module, lora: Mapping[str, torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:
+    """Norms (out) of the rows of weight + (a @ b).T, without a matrix of that size for each caller."""
+    weight = _weight_of(linear).detach().to(dtype)
+    squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=1).square()
+    if lora is not None:
+        a, b = lora["a"].detach(), lora["b"].detach()
+        squares = squares + ((2 * weight @ a).T * b).sum(0) + ((a.T @ a @ b) * b).sum(0)
+    return squares.clamp(min=0).sqrt()
 
 
 def _same_length(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> int:

@@ -1,6 +1,6 @@
 """Adapters of a client: what they begin with, the kwargs they become, training them through servers, and peft's files.
 
-Keys, shapes and settings of peft are as peft 0.21.2 writes them.
+Keys, shapes and settings of peft are as peft 0.21.2 writes them; tests/compat compares with peft itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from moe.client.adapters import (
     Ia3Adapter,
     LoraAdapter,
     PrefixAdapter,
+    SoftPrompt,
+    combine,
     from_peft,
     load_peft,
     save_peft,
@@ -121,6 +123,10 @@ def test_sizes_come_from_the_schemas(decoder: list[ExpertBackend]) -> None:
     assert PrefixAdapter.for_blocks(decoder, length=3)()[0]["prefix"]["value"].shape == (3, 16)
 
 
+def test_a_sequence_tells_what_its_blocks_take(decoder: list[ExpertBackend], remote: RemoteSequential) -> None:
+    assert remote.schemas() == [backend.schema for backend in decoder]
+
+
 def test_blocks_that_take_no_prefix() -> None:
     plain = ExpertBackend("b.0", nn.Linear(4, 4), args_schema=(BatchTensorProto(4),))
     with pytest.raises(ConfigError, match="these blocks take no prefix"):
@@ -177,31 +183,30 @@ def test_g2_training_an_adapter_through_servers(
 # --- peft -----------------------------------------------------------------------------------------------------------------
 
 
-def peft_lora(blocks: str = "encoder.layer", ending: str = "") -> dict[str, torch.Tensor]:
+def peft_lora(blocks: str = "encoder.layer") -> dict[str, torch.Tensor]:
     """A state dict as peft has it: matrices of torch's Linear, that is (out, in)."""
     state = {}
     for index in range(LAYERS):
         for linear, (inputs, outputs) in {"attention.self.query": (32, 32), "output.dense": (48, 32)}.items():
             key = f"base_model.model.{blocks}.{index}.{linear}"
-            state[f"{key}.lora_A{ending}.weight"] = torch.randn(2, inputs) / 3
-            state[f"{key}.lora_B{ending}.weight"] = torch.randn(outputs, 2) / 3
+            state[f"{key}.lora_A.weight"] = torch.randn(2, inputs) / 3
+            state[f"{key}.lora_B.weight"] = torch.randn(outputs, 2) / 3
     return state
 
 
 @pytest.mark.parametrize(("rank_stabilized", "scale"), [(False, 8 / 2), (True, 8 / 2**0.5)])
-@pytest.mark.parametrize("ending", ["", ".default"])
 def test_a_lora_of_peft_changes_weights_as_it_does_there(
-    rank_stabilized: bool, scale: float, ending: str, backends: list[ExpertBackend], tmp_path: Path
+    rank_stabilized: bool, scale: float, backends: list[ExpertBackend], tmp_path: Path
 ) -> None:
-    state = peft_lora("bert.encoder.layer", ending)
+    state = peft_lora("bert.encoder.layer")
     adapter = from_peft({**LORA_SETTINGS, "use_rslora": rank_stabilized}, state, LAYERS)
     hidden = torch.randn(2, 5, HIDDEN)
     adapted = local(backends, hidden, adapter)
     for index, backend in enumerate(blocks_of("bert", tmp_path)):
         for name, linear in backend.module.linears():  # type: ignore[operator, union-attr]
             key = f"base_model.model.bert.encoder.layer.{index}.{name}"
-            if f"{key}.lora_A{ending}.weight" in state:
-                down, up = state[f"{key}.lora_A{ending}.weight"], state[f"{key}.lora_B{ending}.weight"]
+            if f"{key}.lora_A.weight" in state:
+                down, up = state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"]
                 linear.weight.data += up @ down * scale
         hidden = backend.module(hidden)
     assert_close(adapted, hidden, rtol=1e-5, atol=1e-5)
@@ -220,8 +225,14 @@ def test_a_lora_goes_to_peft_and_back_bit_by_bit(tmp_path: Path) -> None:
         "r": 2,
         "rank_pattern": {},
         "lora_alpha": 8,
+        "alpha_pattern": {},
+        "lora_dropout": 0,
         "use_rslora": False,
-        "target_modules": ["attention.self.query", "output.dense"],
+        "use_dora": False,
+        "bias": "none",
+        "target_modules": [
+            f"encoder.layer.{i}.{name}" for i in range(LAYERS) for name in ("attention.self.query", "output.dense")
+        ],
         "task_type": "FEATURE_EXTRACTION",
     }
     again = load_peft(tmp_path / "saved", LAYERS)
@@ -258,8 +269,10 @@ def test_ia3_of_peft() -> None:
     settings, saved = to_peft(adapter, "encoder.layer")
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[name], state[name]) for name in state)
-    assert settings["target_modules"] == ["attention.self.key", "output.dense"]
-    assert settings["feedforward_modules"] == ["output.dense"]
+    inputs = [f"encoder.layer.{index}.output.dense" for index in range(LAYERS)]
+    keys = [f"encoder.layer.{index}.attention.self.key" for index in range(LAYERS)]
+    assert settings["target_modules"] == sorted(inputs + keys)
+    assert settings["feedforward_modules"] == inputs
 
 
 def test_a_prefix_of_peft() -> None:
@@ -273,20 +286,22 @@ def test_a_prefix_of_peft() -> None:
         assert torch.equal(kwargs["prefix"]["value"].reshape(5, 2, 8), pairs[:, 2 * index + 1])
     settings, saved = to_peft(adapter, "model.layers")
     assert torch.equal(saved["prompt_embeddings"], learned)
-    assert settings == {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "num_layers": LAYERS, "token_dim": 16}
+    sizes = {"num_virtual_tokens": 5, "num_layers": LAYERS, "token_dim": 16, "num_transformer_submodules": 1}
+    assert settings == {"peft_type": "PREFIX_TUNING", **sizes}
 
 
 @pytest.mark.parametrize(
     ("settings", "state", "complaint"),
     [
-        ({"peft_type": "ADALORA"}, {}, "type ADALORA cannot be used"),
-        ({**LORA_SETTINGS, "use_dora": True, "bias": "all"}, {}, "cannot be used with use_dora, bias"),
-        ({**LORA_SETTINGS, "modules_to_save": ["classifier"]}, {}, "with modules_to_save"),
+        ({"peft_type": "ADALORA"}, {}, "adapter_config.json: peft_type: expected one of LORA, .* got 'ADALORA'"),
+        ({**LORA_SETTINGS, "lora_bias": True}, {}, "adapter_config.json: lora_bias: True is not supported"),
         (
             LORA_SETTINGS,
             {"base_model.model.classifier.weight": torch.ones(2, 2)},
-            "classifier.weight' of a peft adapter",
+            r"classifier.weight': .*pass the DistributedModel: load_peft\(folder, model\)",
         ),
+        (LORA_SETTINGS, {"encoder.layer.0.x.lora_A.weight": torch.ones(2, 2)}, "does not begin with base_model.model."),
+        (LORA_SETTINGS, {"base_model.model.encoder.layer.0.x.lora_E": torch.ones(2)}, "expected lora_A.weight, lora_B"),
         (LORA_SETTINGS, {"base_model.model.encoder.layer.3.x.lora_A.weight": torch.ones(2, 2)}, "any of the 3 blocks"),
         (
             LORA_SETTINGS,
@@ -296,9 +311,9 @@ def test_a_prefix_of_peft() -> None:
         (
             {"peft_type": "PREFIX_TUNING"},
             {"prompt_embeddings": torch.ones(2, 7)},
-            "a prefix of peft has prompt_embeddings",
+            r"expected \(P, 3 blocks \* 2 \* keys\), got \(2, 7\)",
         ),
-        ({"peft_type": "PREFIX_TUNING"}, {}, "a prefix of peft has prompt_embeddings"),
+        ({"peft_type": "PREFIX_TUNING"}, {}, "expected prompt_embeddings, got"),
     ],
 )
 def test_what_cannot_be_taken_from_peft(
@@ -308,13 +323,87 @@ def test_what_cannot_be_taken_from_peft(
         from_peft(settings, state, LAYERS)
 
 
-def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read an adapter from"):
-        load_peft(tmp_path, LAYERS)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(LORA_SETTINGS))
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match="cannot read an adapter from"):
-        load_peft(tmp_path, LAYERS)
+def test_dropout_is_for_eval_mode_only() -> None:
+    adapter = from_peft({**LORA_SETTINGS, "lora_dropout": 0.1}, peft_lora(), LAYERS)
+    assert adapter()
+    with pytest.raises(ConfigError, match=r"lora_dropout: .* 0.1: call eval\(\)"):
+        adapter.train()()
+    assert to_peft(adapter, "encoder.layer")[0]["lora_dropout"] == 0.1
+
+
+def test_alphas_of_single_layers() -> None:
+    adapter = from_peft({**LORA_SETTINGS, "alpha_pattern": {r"layer\.1\..*dense": 2}}, peft_lora(), LAYERS)
+    scales = [adapter.scale_of(index, name) for index in range(LAYERS) for name in adapter()[index]]
+    assert scales == [4, 4, 4, 1, 4, 4]
+    settings, state = to_peft(adapter, "encoder.layer")
+    assert settings["alpha_pattern"] == {"encoder.layer.1.output.dense": 2}
+    again = from_peft(settings, state, LAYERS)
+    assert all(torch.equal(a["b"], b["b"]) for a, b in zip(adapter()[1].values(), again()[1].values()))
+    with pytest.raises(ConfigError, match="alphas: expected one dict for each of 1 blocks, got 2"):
+        LoraAdapter([{}], alpha=1, alphas=[{}, {}])
+
+
+def test_a_soft_prompt_goes_to_peft_and_back(tmp_path: Path) -> None:
+    prompt = SoftPrompt.random(3, HIDDEN)
+    save_peft(prompt, tmp_path, "encoder.layer", task_type="FEATURE_EXTRACTION")
+    again = load_peft(tmp_path, LAYERS)
+    assert isinstance(again, SoftPrompt)
+    assert torch.equal(again(), prompt())
+    assert again().requires_grad
+    with pytest.raises(ConfigError, match=r"a soft prompt has embeddings \(P, D\), got \(3,\)"):
+        SoftPrompt(torch.ones(3))
+
+
+def test_what_peft_could_not_load_is_not_saved(backends: list[ExpertBackend], tmp_path: Path) -> None:
+    lora = LoraAdapter.for_blocks(backends)
+    for adapter, settings, complaint in (
+        (BlockAdapter([{}]), {}, "peft has no files for a BlockAdapter"),
+        (LoraAdapter([{}], alpha=1), {}, "a LoRA for one layer at least"),
+        (LoraAdapter([{"ia3_x": torch.ones(2)}], alpha=1), {}, "peft has no LoRA with ia3_x"),
+        (Ia3Adapter([{"ia3_x": torch.ones(2), "ia3_input_x": torch.ones(2)}]), {}, r"both here: \['b.0.x'\]"),
+        (lora, {"task_type": "SEQ_2_SEQ_LM"}, "task_type: expected null or one of"),
+        (lora, {"task_type": "SEQ_CLS"}, "task_type: peft loads this only with the weights of classifier, score"),
+        (lora, {"modules_to_save": ["x"]}, "modules_to_save: peft loads this only with the weights of x"),
+        (lora, {"use_magic": True}, "use_magic: True is not supported"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            save_peft(adapter, tmp_path / "x", "b", **settings)
+    assert not (tmp_path / "x").exists()
+
+
+# --- several ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_of_loras_with_weights(backends: list[ExpertBackend]) -> None:
+    one = randomize(LoraAdapter.for_blocks(backends, rank=2, alpha=3))
+    other = randomize(LoraAdapter.for_blocks(backends, rank=3, targets=["value", "output.dense"]))
+    combined = combine([one, other], [0.5, -2])
+    for kwargs, mine, others in zip(combined(), one(), other()):
+        assert kwargs.keys() == mine.keys() | others.keys()
+        for name, pair in kwargs.items():
+            parts = [(k[name], w) for k, w in ((mine, 0.5), (others, -2)) if name in k]
+            assert_close(pair["a"] @ pair["b"], sum(w * part["a"] @ part["b"] for part, w in parts))
+    settings, _ = to_peft(combined, "encoder.layer")
+    assert (settings["r"], settings["lora_alpha"]) == (5, 5)
+
+
+def test_what_cannot_be_combined(backends: list[ExpertBackend]) -> None:
+    lora, ia3 = LoraAdapter.for_blocks(backends, rank=2), Ia3Adapter.for_blocks(backends)
+    stabilized = LoraAdapter([{}, {}, {}], alpha=1, rank_stabilized=True)
+    dora = LoraAdapter([{"dora_x": torch.ones(2)}, {}, {}], alpha=1)
+    for adapters, weights, how, complaint in (
+        ([], [], "cat", "0 adapters"),
+        ([lora, LoraAdapter([{}], alpha=1)], [1, 1], "cat", r"for \[1, 3\] blocks"),
+        ([lora], [1, 2], "cat", "1 adapters for .* 2 weights"),
+        ([lora], [float("nan")], "cat", "finite weights"),
+        ([lora, ia3], [1, 1], "cat", "expected LoRA adapters, none of them rank-stabilized, or IA3"),
+        ([lora, stabilized], [1, 1], "cat", "none of them rank-stabilized"),
+        ([lora, dora], [1, 1], "cat", r"with \['dora_x'\]"),
+        ([lora, lora], [1, 1], "svd", "svd"),
+        ([lora, LoraAdapter.for_blocks(backends, rank=3)], [1, 1], "linear", r"has ranks \[2, 3\].*use cat"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            combine(adapters, weights, how)
 
 
 class Described(NamedTuple):
