@@ -3,7 +3,7 @@ process, and how its blocks' inputs become a call of a RemoteSequential.
 
 transformers' own model class does everything before the first block and after the last one: in the place of its list of blocks
 there is a single one, which calls the swarm. So what comes in and what comes out is what that class takes and returns. Must not
-know: which servers there are, what an adapter is made of.
+know: which servers there are, what an adapter of blocks is made of.
 
 Legend: B = rows, S = positions of a row, P = positions of a learned prefix.
 """
@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from moe.architectures import Architecture, import_transformers
+from moe.client.adapters import SoftPrompt
 from moe.client.sequence_manager import SequenceManager
 from moe.client.sequential import RemoteSequential
 from moe.config import ClientConfig
@@ -221,13 +222,19 @@ class DistributedModel(nn.Module):
         :param args: of the model's ``forward``: ``input_ids`` (rows, length), ...
         :param kwargs: ``attention_mask`` (rows, length) or (rows, 1 or heads, length, length), ``position_ids`` (rows,
             length), ``labels``, ...
-        :param adapters: of this call: an adapter (LoraAdapter, DeepPrompts, ...), several of them in a list, a list with a dict
-            of kwargs for each block, or a dict for all blocks
+        :param adapters: of this call: an adapter (LoraAdapter, DeepPrompts, SoftPrompt, ...), several of them in a list, a list
+            with a dict of kwargs for each block, or a dict for all blocks
         :raises SchemaError: inputs that do not fit, are not known, or ask for what stays on the servers: caches, attentions,
             hidden states of each block
         :raises MoEError: no answer within the retries and the time budget
         """
-        check_inputs(_by_name(self.local.forward, args, kwargs))
+        given = _by_name(self.local.forward, args, kwargs)
+        check_inputs(given)
+        parts = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
+        soft = [part for part in parts if isinstance(part, SoftPrompt)]
+        if soft:
+            adapters = [part for part in parts if not isinstance(part, SoftPrompt)] or None
+            args, kwargs = (), _behind_prompts(given, soft, self.local)
         block_kwargs = block_kwargs_of(adapters, len(self.blocks))
         token = _call.set(_Call(block_kwargs, _prefix_length(block_kwargs)))
         try:
@@ -318,6 +325,42 @@ def _forget_prefix(owner: Any, args: Any, output: Any) -> Any:
     if isinstance(getattr(output, "past_key_values", None), _LearnedPrefix):
         output.past_key_values = None
     return output
+
+
+def _behind_prompts(given: Mapping[str, Any], prompts: Sequence[SoftPrompt], local: Any) -> dict[str, Any]:
+    """Inputs of a model with learned positions before the words, as peft makes them.
+
+    :raises SchemaError: inputs that cannot be moved
+    """
+    if given.get("position_ids") is not None:
+        raise SchemaError("position_ids: expected none with a soft prompt, whose positions come first")
+    words = given.get("inputs_embeds")
+    if words is None:
+        words = local.get_input_embeddings()(given["input_ids"])
+    if words.ndim != 3:
+        raise SchemaError(f"inputs: expected (rows, length) with a soft prompt, got {tuple(words.shape[:-1])}")
+    rows = len(words)
+    learned = torch.cat([prompt().to(words) for prompt in prompts])
+    if learned.shape[1] != words.shape[2]:
+        raise SchemaError(
+            f"soft prompt: expected embeddings of size {words.shape[2]}, as words, got {learned.shape[1]}"
+        )
+    made = {**given, "inputs_embeds": torch.cat([learned.expand(rows, -1, -1), words], dim=1)}
+    made.pop("input_ids", None)
+    before = (len(learned), 0)
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if made.get(name) is not None:
+            if made[name].ndim != 2:
+                raise SchemaError(f"{name}: expected (rows, length) with a soft prompt, got {tuple(made[name].shape)}")
+            made[name] = nn.functional.pad(made[name], before, value=value)
+    labels = made.get("labels")
+    if (
+        labels is not None
+        and labels.shape == words.shape[:2]
+        and type(local).__name__.endswith(("CausalLM", "LMHeadModel"))
+    ):
+        made["labels"] = nn.functional.pad(labels, before, value=-100)  # nothing to predict there
+    return made
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

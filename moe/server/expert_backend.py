@@ -111,7 +111,9 @@ class ExpertBackend:
         daemon: bool = True,
         start: bool = False,
     ):
-        if not isinstance(name, str) or not (is_valid_uid(name) or is_valid_uid(f"{name}.0")):  # the beginning of one, too
+        if not isinstance(name, str) or not (
+            is_valid_uid(name) or is_valid_uid(f"{name}.0")
+        ):  # the beginning of one, too
             raise ConfigError(f"{name!r:.100} is not a valid expert uid; uids follow {UID_PATTERN.pattern}")
         if optimizer is None and scheduler is not None:
             raise ConfigError(f"{name}: a scheduler needs an optimizer")

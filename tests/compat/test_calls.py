@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from torch.testing import assert_close
 
-from moe import PrefixAdapter, SchemaError
+from moe import PrefixAdapter, SchemaError, load_peft
 from moe.errors import ConfigError
 from tests.hosted import Hosted, hosted
 from tests.pretrained import padding_mask, token_ids
@@ -150,3 +151,45 @@ def test_positions_after_a_prefix_are_those_of_transformers(kind: str, masked: b
             got = model(ids, attention_mask=mask if masked else None, adapters=prefix)
             expected = made.local(ids, attention_mask=longer, past_key_values=cache)
         assert_close(got[0][mask.bool()], expected[0][mask.bool()], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "opt"])
+@pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_prompts_of_peft(kind: str, peft_type: str, masked: bool, tmp_path: Path) -> None:
+    """Outputs, losses and gradients are those of peft around the whole model."""
+    task = "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
+    settings: dict[str, Any] = dict(task_type=task, num_virtual_tokens=3)
+    kinds: dict[str, Any] = {
+        "PROMPT_TUNING": peft.PromptTuningConfig,
+        "P_TUNING": peft.PromptEncoderConfig,
+        "PREFIX_TUNING": peft.PrefixTuningConfig,
+    }
+    with hosted(kind, tmp_path / "model") as made:
+        auto = (
+            transformers.AutoModelForSequenceClassification if task == "SEQ_CLS" else transformers.AutoModelForCausalLM
+        )
+        tuned = peft.get_peft_model(auto.from_pretrained(made.folder), kinds[peft_type](**settings)).eval()
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if "prompt_encoder" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        tuned.save_pretrained(tmp_path / "adapter")
+        model = made.distributed(model_class=auto)
+        adapter = load_peft(tmp_path / "adapter", model)
+        ids, mask = token_ids(2, 6), padding_mask([6, 4])
+        given = dict(labels=torch.tensor([0, 1]) if task == "SEQ_CLS" else ids)
+        given |= dict(attention_mask=mask) if masked else {}
+        got, expected = model(ids, adapters=adapter, **given), tuned(input_ids=ids, **given)
+        assert_close(got.loss, expected.loss, **TOLERANCE)
+        assert_close(
+            got.logits[..., : int(mask.sum(1).min()), :] if masked and task != "SEQ_CLS" else got.logits,
+            expected.logits[..., : int(mask.sum(1).min()), :] if masked and task != "SEQ_CLS" else expected.logits,
+            **TOLERANCE,
+        )
+        got.loss.backward()
+        expected.loss.backward()
+        if peft_type == "PROMPT_TUNING":
+            (learned,) = tuned.prompt_encoder.parameters()
+            assert_close(adapter.embeddings.grad, learned.grad, **TOLERANCE)
+        assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
