@@ -165,7 +165,8 @@ def test_prompts_of_peft(kind: str, peft_type: str, masked: bool, tmp_path: Path
         "P_TUNING": peft.PromptEncoderConfig,
         "PREFIX_TUNING": peft.PrefixTuningConfig,
     }
-    with hosted(kind, tmp_path / "model") as made:
+    sizes = dict(word_embed_proj_dim=32) if kind == "opt" else {}  # peft's prompts are as wide as hidden states
+    with hosted(kind, tmp_path / "model", **sizes) as made:
         auto = (
             transformers.AutoModelForSequenceClassification if task == "SEQ_CLS" else transformers.AutoModelForCausalLM
         )
@@ -182,11 +183,9 @@ def test_prompts_of_peft(kind: str, peft_type: str, masked: bool, tmp_path: Path
         given |= dict(attention_mask=mask) if masked else {}
         got, expected = model(ids, adapters=adapter, **given), tuned(input_ids=ids, **given)
         assert_close(got.loss, expected.loss, **TOLERANCE)
-        assert_close(
-            got.logits[..., : int(mask.sum(1).min()), :] if masked and task != "SEQ_CLS" else got.logits,
-            expected.logits[..., : int(mask.sum(1).min()), :] if masked and task != "SEQ_CLS" else expected.logits,
-            **TOLERANCE,
-        )
+        for of_row, theirs, length in zip(got.logits, expected.logits, mask.sum(1)):
+            kept = len(of_row) - (6 - int(length)) if masked and task == "CAUSAL_LM" else None  # the rest is padding
+            assert_close(of_row[:kept], theirs[:kept], **TOLERANCE)
         got.loss.backward()
         expected.loss.backward()
         if peft_type == "PROMPT_TUNING":
