@@ -25,7 +25,7 @@ demo-model: env
 	$(BIN)/python examples/finetune_lora.py
 
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-transports: env
 	for transport in unix tls libp2p; do \

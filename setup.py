@@ -45,7 +45,7 @@ setup(
             "psutil>=5.9",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.8",
             "scikit-learn>=1.4",
             TRANSFORMERS,

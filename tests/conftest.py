@@ -10,6 +10,31 @@ import uvloop
 
 from tests.leaks import Snapshot, find_leaks
 
+# Files that take long, the longest first: several workers end together if these do not begin last (each file has one worker)
+LONG = (
+    "docs/test_examples.py",
+    "benchmarks/test_smoke.py",
+    "swarm/test_soak.py",
+    "swarm/test_stopping.py",
+    "docs/test_snippets.py",
+    "fuzz/test_fuzz.py",
+    "swarm/test_sequential.py",
+    "swarm/test_command_line.py",
+    "swarm/test_restarts.py",
+    "interop/test_switching.py",
+    "swarm/test_rebalancing.py",
+    "swarm/test_pretrained.py",
+    "swarm/test_footprint.py",
+    "swarm/test_deaths.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, else as they were."""
+    here = Path(__file__).parent
+    rank = {here / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What the command line of pytest takes besides."""
