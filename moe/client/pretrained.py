@@ -32,7 +32,7 @@ from moe.client.sequence_manager import SequenceManager
 from moe.client.sequential import RemoteSequential
 from moe.config import ClientConfig
 from moe.errors import ConfigError, SchemaError
-from moe.model_config import architecture_of, read_config
+from moe.model_config import architecture_of, attention_of, read_config
 from moe.schema import Nested
 from moe.weight_files import read_tensors
 
@@ -69,6 +69,18 @@ TAKEN = frozenset(
         "token_type_ids",
     )
 )
+
+# Settings whose effect is all here: before the first block, after the last one, or in how many blocks there are
+LOCAL_SETTINGS = frozenset(
+    (
+        "architectures", "classifier_activation", "classifier_bias", "classifier_dropout", "classifier_pooling",
+        "embedding_multiplier", "final_logit_softcapping", "finetuning_task", "id2label", "initializer_range", "label2id",
+        "logits_scaling", "num_hidden_layers", "num_labels", "output_attentions", "output_hidden_states", "pad_token_id",
+        "problem_type", "qa_dropout", "return_dict", "seq_classif_dropout", "summary_activation", "summary_first_dropout",
+        "summary_last_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "tie_word_embeddings",
+        "use_cache",
+    )
+)  # fmt: skip
 
 
 @dataclass
@@ -174,6 +186,7 @@ class DistributedModel(nn.Module):
         """
         dtype = settings.pop("torch_dtype", None) if dtype is None else dtype
         model_config = read_config(folder, **settings)
+        _check_settings(settings, read_config(folder))
         architecture, num_blocks = architecture_of(model_config), model_config.num_hidden_layers
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(model_config, name, False):
@@ -516,6 +529,17 @@ def _row_wise(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _check_settings(settings: Mapping[str, Any], of_file: Any) -> None:
+    """Raise ConfigError for a setting that blocks would have to know."""
+    for name, value in settings.items():
+        told = attention_of(of_file) if name == "attn_implementation" else getattr(of_file, name, None)
+        if name not in LOCAL_SETTINGS and value != told:
+            raise ConfigError(
+                f"{name}: the blocks are computed as config.json of the servers says, which should be {told!r} as here, "
+                f"not {value!r}; change it in the files of both"
+            )
 
 
 def _model_class(wanted: Any, config: Any) -> Any:

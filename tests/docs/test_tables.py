@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from moe import config, errors
+from moe.architectures import ARCHITECTURES
 from moe.cli.parsing import build_server_parser
 from moe.dht.records import DIRECTORY_KEY, hosted_key, part_key
 from moe.transport.tickets import Ticket
@@ -125,3 +126,8 @@ def test_packages_exist_and_are_all_named() -> None:
     parts = {path for path in (ROOT / "moe").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     missing = [path.name for path in parts if not any(entry.rstrip("/") == f"moe/{path.name}" for entry in named)]
     assert sorted(missing) == ["__init__.py", "version.py"]
+
+
+def test_families_of_pretrained_models() -> None:
+    named = [re.findall(r"`([\w-]+)`", row[0]) for row in table_of(ROOT / "docs" / "finetune.md", "families")]
+    assert sorted(kind for kinds in named for kind in kinds) == sorted(ARCHITECTURES)
