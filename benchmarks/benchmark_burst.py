@@ -3,10 +3,10 @@
     python -m benchmarks.benchmark_burst
     python -m benchmarks.benchmark_burst --transport tls
 
-Every round starts a server and clients anew, and waits until their processes are idle: hivemind's libp2p daemon takes a quarter
-of a second of a core after it has started, whatever its settings, and nine of them share the cores with the calls (``--at_once``
-measures that). All clients begin at once and make a few calls each; the rate of these is the first burst. The steady state is the
-median of further bursts of as many calls, in the same processes.
+Every round starts a server and clients anew, and waits until their processes are idle: hivemind's libp2p daemon takes a
+quarter of a second of a core after it has started, whatever its settings, and nine of them share the cores with the calls
+(``--at_once`` measures that). All clients begin at once and make a few calls each; the rate of these is the first burst. The
+steady state is the median of further bursts of as many calls, in the same processes.
 """
 
 from __future__ import annotations
