@@ -292,10 +292,14 @@ class ExpertSchema:
         return cast(Nested, self._output_spec.unflatten(tensors))
 
     def flatten_outputs(self, outputs: Nested) -> list[Any]:
-        """The module's nested outputs -> flat, in schema order.
+        """The module's nested outputs -> flat, in schema order. A single output may be nested otherwise, as in hivemind.
 
         :raises SchemaError: if the structure differs from the schema's
         """
+        if len(self.output_entries) == 1:
+            leaves = optree.tree_leaves(_plain_containers(outputs), none_is_leaf=True)
+            if len(leaves) == 1:
+                return leaves
         return _flatten_up_to(self.outputs, outputs, "outputs", "the module returned")
 
     def _inputs(self, present: tuple[str, ...]) -> tuple[tuple[Entry, ...], optree.PyTreeSpec]:

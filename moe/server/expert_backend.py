@@ -44,7 +44,7 @@ from moe.schema import (
 )
 from moe.server.dry_run import EmptyOutputs, infer_outputs, no_trace, zeros_for
 from moe.server.escapes import Escapes, is_told_by, is_wrapper, mend_all
-from moe.server.execution import Outcome, is_device_lost, is_out_of_memory, run_isolated, text_of
+from moe.server.execution import Outcome, as_expert_failure, is_device_lost, is_out_of_memory, run_isolated, text_of
 from moe.server.gradients import add, usable
 from moe.server.kept_forwards import KeptForward, NotKept, Thrift
 from moe.server.matmul import speed_up_linear
@@ -135,6 +135,11 @@ class ExpertBackend:
         self._watched: Counter[Any] = Counter()  # stacked runs that were watched, by shapes
         self._chains: dict[tuple[str, ...], Chain] = {}
         self._thrift = Thrift()
+        self._overridden = {
+            operation
+            for operation in ("forward", "backward")
+            if getattr(type(self), operation) is not getattr(ExpertBackend, operation)
+        }
         speed_up_linear(module)
         if optimizer is not None:
             fuse(optimizer)
@@ -155,7 +160,7 @@ class ExpertBackend:
             start=start,
         )
         self.forward_pool = TaskPool(self._run_forward, name=f"{name}_forward", **cast(Any, pool))
-        self.backward_pool = TaskPool(self._run_backward, name=f"{name}_backward", **cast(Any, pool))
+        self.backward_pool = TaskPool(self._serve_backward, name=f"{name}_backward", **cast(Any, pool))
         self.forward_pool.submit_task = self.submit_forward  # type: ignore[method-assign]
         self.backward_pool.submit_task = self.submit_backward  # type: ignore[method-assign]
 
@@ -337,7 +342,8 @@ class ExpertBackend:
     # --- forward (Runtime thread) ------------------------------------------------------------------------------------
 
     def forward(self, *inputs: torch.Tensor, present: Sequence[str] = ()) -> tuple[torch.Tensor, ...]:
-        """Apply the module to one batch, without gradients.
+        """Apply the module to one batch, without gradients. Override to compute outputs otherwise; an override need not take
+        ``present`` if no kwarg is optional.
 
         :param inputs: flat tensors of ``forward_schema``
         :param present: names of the optional kwargs among them
@@ -400,7 +406,8 @@ class ExpertBackend:
     def _forward_lane(self, lane: list[Task]) -> list[TaskResult]:
         _check_shared(lane)
         rows = [task.rows for task in lane]
-        outputs = self._forward_keeping(lane[0]) if len(lane) == 1 and lane[0].keep and self._thrift.keeps() else None
+        keeps = len(lane) == 1 and lane[0].keep and "forward" not in self._overridden and self._thrift.keeps()
+        outputs = self._forward_keeping(lane[0]) if keeps else None
         if outputs is None:
             tensors = concatenate(lane[0].entries, [task.tensors for task in lane])
             lent = self._to_lend(lane, tensors)
@@ -410,8 +417,19 @@ class ExpertBackend:
                 else _NOTHING
             ):
                 given = [lend(t) if is_lent else t for t, is_lent in zip(tensors, lent)]
-                outputs = own(self._checked(list(self.forward(*given, present=lane[0].present)), sum(rows)))
+                outputs = own(self._checked(self._forwarded(given, lane[0].present), sum(rows)))
         return [list(part) for part in split(self.schema.output_entries, outputs, rows)]
+
+    def _forwarded(self, inputs: Sequence[torch.Tensor], present: tuple[str, ...]) -> list[torch.Tensor]:
+        """What ``forward`` returns, a subclass's or ours.
+
+        :raises ExpertFailed: a subclass's returns another number of outputs
+        """
+        outputs = list(self.forward(*inputs, **_given(present)))
+        if len(outputs) != len(self.schema.output_entries):
+            expected = len(self.schema.output_entries)
+            raise ExpertFailed(f"{type(self).__name__}.forward returned {len(outputs)} tensors, expected {expected}")
+        return outputs
 
     def _forward_keeping(self, task: Task) -> list[torch.Tensor] | None:
         """Outputs of one task, whose graph is kept in it if that is of use; None if they are to be computed without."""
@@ -495,7 +513,7 @@ class ExpertBackend:
 
         def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             with no_trace(self.module):
-                return self._checked(list(self.forward(*inputs, present=task.present)), DUMMY_BATCH_SIZE)
+                return self._checked(self._forwarded(inputs, task.present), DUMMY_BATCH_SIZE)
 
         return list(self._empty.answer(task.present, task.entries, task.tensors, run))
 
@@ -508,6 +526,9 @@ class ExpertBackend:
         wants_grad: Sequence[bool] | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
         """Run the module again with gradients, backpropagate, and train (``on_backward``). One batch, one step.
+
+        An override is called with one request at a time, without ``wants_grad``, and without ``present`` if no kwarg is
+        optional. It has to call this one, or ``on_backward``.
 
         :param inputs: flat tensors of ``backward_schema``: inputs, then gradients of the outputs
         :returns: gradients of the flat inputs; None for those that have none
@@ -531,6 +552,50 @@ class ExpertBackend:
                 self.scheduler.step()
         finally:
             self.optimizer.zero_grad()  # also when the step failed: stale gradients belong to nobody
+
+    def _serve_backward(self, tasks: list[Task]) -> list[Outcome]:
+        if "backward" not in self._overridden:
+            return self._run_backward(tasks)
+        return [self._run_override(task) if task.rows else self._run_backward([task])[0] for task in tasks]
+
+    def _run_override(self, task: Task) -> Outcome:
+        """Gradients of one task by a subclass's ``backward``."""
+        count = len(task.wants_grad)
+        task.kept = None
+        with self.step_lock:
+            before = self._generation, self.updates, self._accumulated
+            try:
+                _check_shared([task])
+                gradients = list(self.backward(*map(lend, task.tensors), **_given(task.present)))
+                return self._wanted_gradients(task, gradients, task.entries[:count])
+            except BaseException as e:
+                if is_device_lost(e):
+                    raise DeviceLost(text_of(e)) from e
+                task.may_have_trained = (self._generation, self.updates, self._accumulated) != before
+                return as_expert_failure(e)
+            finally:
+                self._generation += 1
+
+    def _wanted_gradients(self, task: Task, gradients: list[Any], entries: Sequence[Entry]) -> TaskResult:
+        """Those of a subclass's gradients that the caller wants.
+
+        :raises ExpertFailed: they do not fit the inputs
+        """
+        name = f"{type(self).__name__}.backward"
+        if len(gradients) != len(entries):
+            raise ExpertFailed(
+                f"{name} returned {len(gradients)} gradients, expected {len(entries)}, one for each input"
+            )
+        result: TaskResult = [None] * len(entries)
+        for i, (gradient, tensor) in enumerate(zip(gradients, task.tensors)):
+            if task.wants_grad[i]:
+                result[i] = torch.zeros_like(tensor) if gradient is None else plain(gradient).detach().clone()
+        wanted = [i for i, gradient in enumerate(result) if gradient is not None]
+        try:
+            validate([entries[i] for i in wanted], [cast(torch.Tensor, result[i]) for i in wanted], rows=task.rows)
+        except SchemaError as e:
+            raise ExpertFailed(f"{name} returned a gradient that does not fit its input: {e.message}") from None
+        return to_cpu([result])[0]
 
     def _run_backward(self, tasks: list[Task]) -> list[Outcome]:
         with self.step_lock:
@@ -754,9 +819,9 @@ class ExpertBackend:
         return [by_number[task.number] for task in tasks]
 
     def _may_stack(self, lanes: list[list[Task]]) -> bool:
-        if len(lanes) < 2:
-            return False
         first = lanes[0][0]
+        if len(lanes) < 2 or first.operation in self._overridden:
+            return False
         rows = [sum(task.rows for task in lane) for lane in lanes]
         small_enough = max(rows) * len(rows) <= MAX_PADDING * sum(rows)
         return small_enough and self._stackable.get((first.operation, first.present), True)
@@ -962,6 +1027,11 @@ class _Before:
         for buffer, version, value in self._buffers:
             if value is not None and buffer._version != version:
                 buffer.detach().copy_(value)
+
+
+def _given(present: tuple[str, ...]) -> dict[str, Any]:
+    """``present`` as an argument, if there is anything to say: overrides written for hivemind do not take it."""
+    return {"present": present} if present else {}
 
 
 def _means_nothing_outside(tensor: torch.Tensor) -> bool:

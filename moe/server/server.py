@@ -8,10 +8,12 @@ parts is ``moe.server.assembly``'s.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import inspect
 import logging
 import math
+import os
 import socket
 import threading
 import time
@@ -170,6 +172,7 @@ class Server:
         self.libp2p: LibP2PServer | None = None
         self._cut_off = False  # the DHT process or its libp2p daemon has died: nobody can be told anything any more
         self._started_at = 0.0
+        self._pid = 0  # of the process that it was started in
         self.lost: dict[str, int] = {}
         self._save_until = math.inf  # monotonic; set when the server begins to stop
         self._throughput, self._num_blocks = throughput, len(backends) if blocks is not None else 1
@@ -272,6 +275,8 @@ class Server:
                 raise LifecycleError(f"the server could not start {stage}: {e!r}") from e
             self._watcher = threading.Thread(target=self._watch, name="moe-server", daemon=True)
             self._watcher.start()
+            self._pid = os.getpid()
+            atexit.register(self._end_with_program)
             self.ready.set()
 
     def _start_dht(self) -> None:
@@ -496,6 +501,7 @@ class Server:
         self._stop_parts()
         if not self.runtime.is_alive() and (left := find_busy(self, _SETTLED_WITHIN_S)):
             logger.error("%s%s", LEFT_AT_THE_END, "; ".join(left))
+        atexit.unregister(self._end_with_program)
         self._stopped.set()
 
     # --- stop ----------------------------------------------------------------------------------------------------------------
@@ -518,6 +524,12 @@ class Server:
                 gc.unfreeze()
         elif watcher is not threading.current_thread():
             watcher.join(max(0.0, self._save_until - time.monotonic()) + self.config.shutdown_timeout_s + 5.0)
+
+    def _end_with_program(self) -> None:
+        """Nothing is lost of a server that runs when its program ends."""
+        if os.getpid() == self._pid and not self._stopped.is_set():
+            logger.warning("the program has ended, so its server stops; to serve on, let it call server.join()")
+            self.shutdown()
 
     def _begin_stop(self) -> None:
         may_save_s = 0.0 if self.checkpoint_saver is None else self.config.stop_timeout_s

@@ -244,6 +244,135 @@ def test_a_backend_may_be_named_by_the_beginning_of_a_uid_until_it_is_hosted() -
             backend(name, name_to_block["ffn"](HIDDEN))
 
 
+# --- subclasses of ModuleBackend, as Petals and others wrote them --------------------------------------------------------
+
+
+class OwnForward(ModuleBackend):
+    """With hivemind's signature."""
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return tuple(2 * output for output in super().forward(*inputs))
+
+
+class OwnBackward(ModuleBackend):
+    """With hivemind's signature. ``returns`` is what becomes of the gradients."""
+
+    returns: Callable[[tuple[Any, ...]], Any] = staticmethod(lambda grads: [3 * grad for grad in grads])
+
+    def backward(self, *inputs: torch.Tensor) -> Any:  # type: ignore[override]
+        return self.returns(super().backward(*inputs))
+
+
+def _of_class(kind: type[ModuleBackend], module: torch.nn.Module) -> ModuleBackend:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    return kind("own.0", module, optimizer=optimizer, args_schema=(BatchTensorDescriptor(HIDDEN),))
+
+
+@pytest.mark.parametrize("rows", [3, 4096])  # of the second, activations would be kept
+def test_a_backend_with_its_own_forward(rows: int) -> None:
+    module = torch.nn.Linear(HIDDEN * 8, HIDDEN * 8)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    hosted = OwnForward("own.0", module, optimizer=optimizer, args_schema=(BatchTensorDescriptor(HIDDEN * 8),))
+    x = torch.randn(rows, HIDDEN * 8, requires_grad=True)
+    weight, expected = module.weight.detach().clone(), 2 * module(x).detach()
+    with memory_swarm({"own.0": hosted}) as swarm:
+        with torch.no_grad():
+            torch.testing.assert_close(swarm.expert("own.0")(x), expected, rtol=1e-4, atol=1e-5)
+        output = swarm.expert("own.0")(x)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        output.sum().backward()
+        assert swarm.expert("own.0")(x[:0]).shape == (0, HIDDEN * 8)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-5)  # backward calls the module
+
+
+def test_a_backend_with_its_own_backward() -> None:
+    module, twin = (torch.nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+    twin.load_state_dict(module.state_dict())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    hosted = _of_class(OwnBackward, module)
+    with memory_swarm({"own.0": hosted}) as swarm:
+        for _ in range(3):
+            x = torch.randn(3, HIDDEN, requires_grad=True)
+            local = x.detach().clone().requires_grad_()
+            swarm.expert("own.0")(x).sum().backward()
+            twin(local).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert x.grad is not None and local.grad is not None
+            torch.testing.assert_close(x.grad, 3 * local.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(module.weight, twin.weight, rtol=1e-4, atol=1e-5)
+        swarm.expert("own.0")(x.detach()).sum().backward()  # nobody wants a gradient: it trains all the same
+    assert hosted.updates == 4
+
+
+@pytest.mark.parametrize(
+    ("returns", "complaint"),
+    [
+        (lambda grads: (), "OwnBackward.backward returned 0 gradients, expected 1"),
+        (lambda grads: [grads[0][:1]], "a gradient that does not fit its input"),
+        (lambda grads: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_backend_whose_own_backward_is_wrong(returns: Callable[[Any], Any], complaint: str) -> None:
+    hosted = _of_class(OwnBackward, torch.nn.Linear(HIDDEN, HIDDEN))
+    hosted.returns = returns  # type: ignore[attr-defined]
+    task = hosted.make_task("backward", [torch.ones(2, HIDDEN)] * 2)
+    future = hosted.backward_pool.submit(task)
+    hosted.backward_pool.process(hosted.backward_pool.load_batch(0.0))
+    with pytest.raises(ExpertFailed, match=complaint):
+        future.result(0)
+    assert task.may_have_trained  # so that no repeat trains once more
+    assert hosted.updates == 1
+
+
+class Nesting(torch.nn.Linear):
+    """Returns a tensor, nested."""
+
+    nest: Callable[[torch.Tensor], Any] = staticmethod(lambda y: y)
+
+    def forward(self, input: torch.Tensor) -> Any:
+        return self.nest(super().forward(input))
+
+
+@pytest.mark.parametrize("schema", [BatchTensorDescriptor(HIDDEN), (BatchTensorDescriptor(HIDDEN),)])
+@pytest.mark.parametrize("nest", [lambda y: y, lambda y: (y,), lambda y: {"y": [y]}])
+def test_a_single_output_nested_otherwise_than_its_schema(schema: Any, nest: Callable[[torch.Tensor], Any]) -> None:
+    module = Nesting(HIDDEN, HIDDEN)
+    module.nest = nest  # type: ignore[assignment]
+    hosted = ModuleBackend("own.0", module, args_schema=(BatchTensorDescriptor(HIDDEN),), outputs_schema=schema)
+    x = torch.randn(3, HIDDEN, requires_grad=True)
+    with memory_swarm({"own.0": hosted}) as swarm:
+        output = swarm.expert("own.0")(x)
+        assert isinstance(output, tuple) == isinstance(schema, tuple)
+        y = output[0] if isinstance(output, tuple) else output
+        y.sum().backward()
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, module.weight, module.bias), rtol=1e-4, atol=1e-5)
+    assert x.grad is not None
+
+
+# --- a program that ends while its server runs ----------------------------------------------------------------------------
+
+ENDS = """
+import sys, torch
+from moe import Server
+server = Server.create(
+    expert_uids=["ffn.0"], expert_cls="ffn", hidden_dim=16, device="cpu", throughput=None, checkpoint_dir=sys.argv[1],
+    start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+)
+server.module_backends["ffn.0"].backward(torch.randn(2, 16), torch.randn(2, 16))
+"""
+
+
+def test_nothing_is_lost_when_a_program_ends_without_shutdown(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "server.join()" in result.stderr
+    saved = torch.load(tmp_path / "ffn.0" / "checkpoint_last.pt", weights_only=True)
+    assert saved["moe"]["updates"] == 1
+
+
 # --- experts without a DHT, addresses in place of one -----------------------------------------------------------------
 
 
