@@ -24,6 +24,7 @@ ROPE_WITH_MEMORY = (
     "longrope",
 )  # what they compute for one caller depends on how long others' sequences were
 ATTENTIONS = ("eager", "sdpa")  # implementations that run everywhere
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # that models are computed in
 
 
 def _names(text: str) -> frozenset[str]:
@@ -130,12 +131,22 @@ def architecture_of(config: Any) -> Architecture:
         raise ConfigError(f"models of type {config.model_type!r} cannot be hosted; those of these types can: {known}")
     _check_sizes({name: getattr(config, name, None) for name in _SIZES}, f"the {config.model_type} configuration")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    rope_types = {rope.get("rope_type", "default") for rope in rope_parameters_of(config)} & set(ROPE_WITH_MEMORY)
+    given_types = [rope.get("rope_type", "default") for rope in rope_parameters_of(config)]
+    rope_types = {kind for kind in ROPE_WITH_MEMORY if kind in given_types}
+    dtype = getattr(config, "dtype", None)
     for problem, found in (
         ("it is quantized", getattr(config, "quantization_config", None) is not None),
         ("it has cross-attention", bool(getattr(config, "add_cross_attention", False) or config.is_encoder_decoder)),
         (f"layer_types has {sorted(kinds)}", bool(kinds)),
         (f"its rotary embeddings are {', '.join(rope_types)}: they depend on earlier calls", bool(rope_types)),
+        (
+            f"rope_type is {given_types}, expected names",
+            not all(isinstance(kind, str) for kind in given_types),
+        ),
+        (
+            f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}",
+            dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES,
+        ),
         ("use_bidirectional_attention is set", bool(getattr(config, "use_bidirectional_attention", None))),
         (
             f"is_causal is {getattr(config, 'is_causal', None)!r}",

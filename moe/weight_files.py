@@ -41,6 +41,23 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool], *, partial: bool =
     return found
 
 
+def dtype_of(folder: Path) -> torch.dtype | None:
+    """The dtype of a model whose configuration has none: transformers takes that of the first floating-point tensor.
+
+    :returns: None: there is no such tensor in the first file that is there
+    :raises ConfigError: there are no files with weights, or the first one cannot be read; names it
+    """
+    for file in sorted(weight_files(folder)):
+        if not file.exists():  # shards of others
+            continue
+        read = _read_safetensors if file.suffix == ".safetensors" else _read_pickled
+        try:
+            return next((tensor.dtype for _, tensor in read(file, lambda _: True) if tensor.is_floating_point()), None)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as e:
+            raise ConfigError(f"model_path: cannot read {file}: {e}") from e
+    return None
+
+
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """The files with weights, and which tensors are in each; None: not known before it is opened.
 

@@ -34,7 +34,7 @@ from moe.config import ClientConfig
 from moe.errors import ConfigError, SchemaError
 from moe.model_config import architecture_of, attention_of, read_config
 from moe.schema import Nested
-from moe.weight_files import read_tensors
+from moe.weight_files import dtype_of, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ class DistributedModel(nn.Module):
         self.local, self.blocks, self.architecture = local, blocks, architecture
         self._block_path = names[0]
         parent, _, attribute = names[0].rpartition(".")
-        setattr(local.get_submodule(parent), attribute, nn.ModuleList([_RemoteBlocks(blocks, architecture)]))
+        kind = next(iter(getattr(local.config, "layer_types", None) or ()), "full_attention")
+        setattr(local.get_submodule(parent), attribute, nn.ModuleList([_RemoteBlocks(blocks, architecture, kind)]))
         owner = _owner_of(local, names[0])
         owner.register_forward_pre_hook(_note_inputs, with_kwargs=True)
         owner.register_forward_hook(_forget_prefix)
@@ -427,11 +428,10 @@ class _LearnedPrefix:
 class _RemoteBlocks(nn.Module):
     """In the place of all blocks: hidden states in, hidden states out. What transformers passes besides is for local blocks."""
 
-    attention_type = "full_attention"  # some models ask each block for its kind
-
-    def __init__(self, blocks: RemoteSequential, architecture: Architecture):
+    def __init__(self, blocks: RemoteSequential, architecture: Architecture, kind: str):
         super().__init__()
         self.blocks, self.architecture = blocks, architecture
+        self.attention_type = kind  # of the first block: some models ask each for its own
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         call = _call.get() or _Call()
@@ -549,7 +549,8 @@ def _model_class(wanted: Any, config: Any) -> Any:
     """
     transformers = import_transformers()
     if wanted is None:
-        wanted = getattr(transformers, next(iter(config.architectures or ()), "AutoModel"), None)
+        named = config.architectures if isinstance(config.architectures, list) else []
+        wanted = getattr(transformers, str(next(iter(named), "AutoModel")), None)
         if not (isinstance(wanted, type) and issubclass(wanted, transformers.PreTrainedModel)):
             wanted = transformers.AutoModel
     elif isinstance(wanted, str):
@@ -580,7 +581,7 @@ def _load_local(folder: Path, config: Any, architecture: Architecture, model_cla
         raise ConfigError(f"model_path: {bad[0]} of {folder} has values that are not finite")
     config.num_hidden_layers = architecture.fewest_blocks
     if dtype is None:
-        dtype = config.dtype or next((t.dtype for t in state.values() if t.is_floating_point()), None) or "auto"
+        dtype = config.dtype or dtype_of(folder) or "auto"
     transformers = import_transformers()
     with _quiet():
         try:

@@ -31,7 +31,7 @@ from moe.model_config import architecture_of, attention_of, read_config, rope_pa
 from moe.schema import BatchTensorProto, ExpertSchema, Nested, TensorProto
 from moe.server.masks import as_bias, seen_positions
 from moe.server.self_check import compare_with_transformers
-from moe.weight_files import read_tensors
+from moe.weight_files import dtype_of, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -408,7 +408,7 @@ class PretrainedModel:
         except Exception as e:  # of whatever transformers' layer finds wrong with the configuration
             raise ConfigError(f"model_path: {self.folder}/config.json does not describe a block: {e}") from e
         weights = self._weights(index)
-        dtype = self.config.dtype or next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+        dtype = self.config.dtype or dtype_of(self.folder)
         for name, tensor in weights.items():
             weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         self._check_weights(index, weights, block.layer.state_dict())
@@ -458,7 +458,9 @@ class PretrainedModel:
         for name in weights.keys() - expected.keys():
             del weights[name]
         for name, tensor in weights.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if not tensor.is_floating_point():
+                raise ConfigError(f"{where}: {name} is of dtype {tensor.dtype}, expected floating-point numbers")
+            if not tensor.isfinite().all():
                 raise ConfigError(f"{where}: {name} has values that are not finite")
 
 

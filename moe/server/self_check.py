@@ -77,6 +77,8 @@ def compare_with_transformers(block: Checked, config: Any) -> None:
 
 def _model_around(block: Checked, config: Any) -> Any:
     """transformers' model without a head, whose only layer is the block's."""
+    config = copy.copy(config)
+    config.id2label, config.label2id = {}, {}  # nothing of a head, which may have many
     config = copy.deepcopy(config)
     fewest = ARCHITECTURES[config.model_type].fewest_blocks
     config.num_hidden_layers, config.vocab_size, config.use_cache = fewest, _VOCABULARY, False

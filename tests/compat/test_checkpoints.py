@@ -356,3 +356,70 @@ def test_files_that_are_refused(spoil: Callable[[Path], object], complaint: str,
     spoil(copied(llama.folder, tmp_path))
     with pytest.raises(ConfigError, match=complaint):
         PretrainedModel(tmp_path).load_block(0)
+
+
+# --- dtypes, junk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low", ["blocks", "the rest", "one tensor"])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_dtype_that_is_not_in_the_file_is_that_of_the_first_tensor(
+    low: str, pickled: bool, llama: Hosted, tmp_path: Path
+) -> None:
+    """What transformers makes of files with several dtypes, in every block."""
+    copied(llama.folder, tmp_path, lambda config: config.pop("dtype"))
+    state = load_file(tmp_path / "model.safetensors")
+    chosen = {
+        "blocks": [name for name in state if ".layers." in name],
+        "the rest": [name for name in state if ".layers." not in name],
+        "one tensor": ["model.layers.1.mlp.up_proj.weight"],
+    }[low]
+    state = {name: tensor.bfloat16() if name in chosen else tensor for name, tensor in state.items()}
+    (tmp_path / "model.safetensors").unlink()
+    if pickled:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = transformers.LlamaForCausalLM.from_pretrained(tmp_path).dtype
+    model = PretrainedModel(tmp_path)
+    for index in range(LAYERS):
+        assert {p.dtype for p in model.load_block(index).layer.parameters()} == {expected}
+    assert opened(llama, tmp_path).local.dtype == expected
+
+
+@pytest.mark.parametrize("dtype", [7, "int8", "float8_e4m3fn"])
+def test_a_dtype_that_nobody_computes_in(dtype: Any, llama: Hosted, tmp_path: Path) -> None:
+    copied(llama.folder, tmp_path, lambda config: config.update(dtype=dtype))
+    with pytest.raises(ConfigError, match=r"dtype is .*, expected one of float16, bfloat16"):
+        PretrainedModel(tmp_path)
+
+
+def test_a_rope_type_that_is_not_a_name(llama: Hosted, tmp_path: Path) -> None:
+    rope = {"rope_type": ["linear"], "rope_theta": 1e4, "factor": 2.0}
+    copied(llama.folder, tmp_path, lambda config: config.update(rope_parameters=rope))
+    with pytest.raises(ConfigError, match="rope_type is"):
+        PretrainedModel(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool], ids=str)
+def test_weights_that_are_not_floating_point(dtype: torch.dtype, llama: Hosted, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    copied(llama.folder, tmp_path)
+    rewrite(tmp_path, lambda state: {**state, name: state[name].to(dtype)})
+    with pytest.raises(ConfigError, match=r"block 1 of .*: mlp.up_proj.weight is of dtype .*, expected floating-point"):
+        PretrainedModel(tmp_path).load_block(1)
+
+
+@pytest.mark.parametrize("named", [3, [3], {"a": 1}, "LlamaForCausalLM"], ids=str)
+def test_architectures_that_name_no_class(named: Any, llama: Hosted, tmp_path: Path) -> None:
+    copied(llama.folder, tmp_path, lambda config: config.update(architectures=named))
+    assert type(opened(llama, tmp_path).local) is transformers.LlamaModel
+
+
+@pytest.mark.parametrize("first", ["sliding_attention", "full_attention"])
+def test_an_encoder_with_one_kind_of_attention(first: str, tmp_path: Path) -> None:
+    with hosted("modernbert", tmp_path, layer_types=[first] * LAYERS) as made:
+        ids, given = token_ids(2, 9), dict(attention_mask=padding_mask([9, 5]))
+        with torch.no_grad():
+            got, expected = (each(ids, **given)[0] for each in (made.distributed(), made.local))
+        assert_close(got[given["attention_mask"].bool()], expected[given["attention_mask"].bool()], **TOLERANCE)
