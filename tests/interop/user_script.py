@@ -5,6 +5,7 @@ As it stands it runs on stock hivemind. Tests also run it with ``hivemind.moe`` 
 
 # ruff: noqa: T201
 
+import tempfile
 import time
 
 import torch
@@ -27,6 +28,7 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from torch import nn
 
+tempfile.gettempdir()  # else a stock server may fork while another of its threads looks this up, under a lock, and hang
 HIDDEN = 16
 LOCAL = ["/ip4/127.0.0.1/tcp/0"]
 
