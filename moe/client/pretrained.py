@@ -588,10 +588,13 @@ def _load_local(folder: Path, config: Any, architecture: Architecture, model_cla
             local, report = model_class.from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, local_files_only=True, output_loading_info=True
             )
-            if local.can_generate() and (folder / "generation_config.json").is_file():
-                local.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
         except Exception as e:  # of whatever is wrong with the files
             raise ConfigError(f"cannot load {model_class.__name__} from {folder}: {e}") from e
+        if local.can_generate() and (folder / "generation_config.json").is_file():
+            try:
+                local.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+            except Exception as e:  # of whatever is wrong with it; transformers goes on without, too
+                logger.warning("%s/generation_config.json cannot be read: %s", folder, e)
     local.config.name_or_path = os.fspath(folder)
     missing = sorted(name for name in report["missing_keys"] if in_blocks.fullmatch(name) is None)
     if missing:

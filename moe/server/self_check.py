@@ -53,12 +53,13 @@ def compare_with_transformers(block: Checked, config: Any) -> None:
         dtype = next(block.layer.parameters()).dtype
         generator = torch.Generator().manual_seed(0)
         size = model.get_input_embeddings().embedding_dim
-        inputs = torch.randn(2, _LENGTH, size, generator=generator).to(dtype)
+        length = _length(config)
+        inputs = torch.randn(2, length, size, generator=generator).to(dtype)
         with _small_window(block, model), torch.enable_grad():
-            for case, given in _cases(model).items():
+            for case, given in _cases(model, length).items():
                 expected, hidden = _by_transformers(block, model, inputs, given)
                 got = _by_block(block, hidden, given)
-                where = given.get("attention_mask", torch.ones(2, _LENGTH)).bool()
+                where = given.get("attention_mask", torch.ones(2, length)).bool()
                 for what, theirs, ours in zip(("output", "gradient"), expected, got):
                     error = float((theirs.float() - ours.float())[where].abs().max())
                     error /= float(theirs.float()[where].abs().max()) + 1e-6
@@ -100,10 +101,16 @@ def _model_around(block: Checked, config: Any) -> Any:
     return model.eval()
 
 
-def _cases(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+def _length(config: Any) -> int:
+    """Positions of the input: whole chunks, if the layer computes in chunks."""
+    chunk = getattr(config, "chunk_size_feed_forward", 0) or 1
+    return int(-(-_LENGTH // chunk) * chunk)
+
+
+def _cases(model: Any, length: int) -> dict[str, dict[str, torch.Tensor]]:
     """Inputs by what is special in them."""
-    positions = torch.arange(_LENGTH)
-    right = (positions < torch.tensor([[_LENGTH], [_LENGTH - 3]])).long()
+    positions = torch.arange(length)
+    right = (positions < torch.tensor([[length], [length - 3]])).long()
     cases: dict[str, dict[str, torch.Tensor]] = {
         "nothing but hidden states": {},
         "padding": {"attention_mask": right},
@@ -113,7 +120,7 @@ def _cases(model: Any) -> dict[str, dict[str, torch.Tensor]]:
         shifted = (right.flip(1).cumsum(1) - 1).clamp(min=0)
         cases["padding on the left, positions"] = {"attention_mask": right.flip(1), "position_ids": shifted}
         cases["positions"] = {"position_ids": positions[None].repeat(2, 1) + torch.tensor([[2], [0]])}
-        packed = torch.cat([torch.arange(4), torch.arange(_LENGTH - 4)])
+        packed = torch.cat([torch.arange(4), torch.arange(length - 4)])
         cases["packed rows"] = {"position_ids": torch.stack([packed, positions])}
     return cases
 

@@ -111,6 +111,18 @@ def test_stretched_rotary_embeddings(rope: dict[str, Any], tmp_path: Path) -> No
     check_blocks(edit(tmp_path, stretch), length=200)
 
 
+@pytest.mark.parametrize("chunk", [2, 3, 9])
+def test_layers_that_compute_in_chunks(chunk: int, tmp_path: Path) -> None:
+    save_model("bert", tmp_path)
+    check_blocks(edit(tmp_path, lambda config: config.update(chunk_size_feed_forward=chunk)), length=18)
+
+
+def test_a_broken_generation_config(llama: Hosted, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copied(llama.folder, tmp_path) / "generation_config.json").write_text("nonsense")
+    opened(llama, tmp_path)
+    assert "generation_config.json cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_an_implementation_of_attention(attention: str, tmp_path: Path) -> None:
     save_model("gemma2", tmp_path)  # with a soft cap that sdpa leaves out, in transformers, too
