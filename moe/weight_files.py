@@ -1,5 +1,5 @@
-"""Files with the weights of a model. Owns: which files of a folder hold them, in which order transformers looks, and reading
-single tensors of them.
+"""Files of models and adapters. Owns: which files of a folder hold weights, in which order transformers looks, and reading
+settings and single tensors, taking no more memory than the files.
 
 Read are tensors only: nothing that is in a file is executed. Must not know: models, servers, clients.
 """
@@ -7,8 +7,10 @@ Read are tensors only: nothing that is in a file is executed. Must not know: mod
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,11 +35,7 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool], *, partial: bool =
             continue
         if partial and not file.exists():
             continue
-        read = _read_safetensors if file.suffix == ".safetensors" else _read_pickled
-        try:
-            found.update(read(file, wanted))
-        except (OSError, RuntimeError, SafetensorError, ValueError) as e:
-            raise ConfigError(f"model_path: cannot read {file}: {e}") from e
+        found.update(_read(file, wanted))
     return found
 
 
@@ -50,11 +48,7 @@ def dtype_of(folder: Path) -> torch.dtype | None:
     for file in sorted(weight_files(folder)):
         if not file.exists():  # shards of others
             continue
-        read = _read_safetensors if file.suffix == ".safetensors" else _read_pickled
-        try:
-            return next((tensor.dtype for _, tensor in read(file, lambda _: True) if tensor.is_floating_point()), None)
-        except (OSError, RuntimeError, SafetensorError, ValueError) as e:
-            raise ConfigError(f"model_path: cannot read {file}: {e}") from e
+        return next((t.dtype for _, t in _read(file, lambda _: True) if t.is_floating_point()), None)
     return None
 
 
@@ -77,9 +71,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
 def _files_of_index(folder: Path, index: Path) -> dict[Path, list[str] | None]:
     files: dict[Path, list[str] | None] = {}
     try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise ValueError(f"it is larger than {MAX_INDEX_BYTES} bytes")
-        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for tensor, file in read_json(index, MAX_INDEX_BYTES)["weight_map"].items():
             if Path(file).name != file:
                 raise ValueError(f"weight_map: {file!r} is not a file of this folder")
             if Path(file).suffix not in (".safetensors", ".bin"):
@@ -90,26 +82,68 @@ def _files_of_index(folder: Path, index: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def _read_safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of a tensor with values that are not finite."""
+    return next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
+
+
+def read_json(file: Path, max_bytes: int) -> Any:
+    """What a file with JSON holds.
+
+    :raises OSError, ValueError, RecursionError: it is not there, too large, or not JSON
+    """
+    size_bytes = file.stat().st_size
+    if size_bytes > max_bytes:
+        raise ValueError(f"expected {max_bytes} bytes at most, got {size_bytes}")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copies of tensors by name: the file may change.
+
+    :raises OSError, RuntimeError, SafetensorError, ValueError: it cannot be read
+    """
     with file.open("rb") as opened:
         header_bytes, size_bytes = int.from_bytes(opened.read(8), "little"), file.stat().st_size
     if header_bytes > min(MAX_HEADER_BYTES, size_bytes):
         raise ValueError(f"its header claims {header_bytes} bytes, in a file of {size_bytes}")
     with safe_open(file, framework="pt") as tensors:
         for name in filter(wanted, tensors.keys()):
-            yield name, tensors.get_tensor(name).clone()  # not a view of the file, which may change
+            yield name, tensors.get_tensor(name).clone()
+
+
+def load_pickled(file: Path) -> Any:
+    """What ``torch.save`` has saved, of tensors and plain containers; nothing is executed.
+
+    :raises OSError, ValueError: it cannot be read, is compressed, or holds something else
+    """
+    zipped = zipfile.is_zipfile(file)  # since torch 1.6; only such files can be mapped into memory
+    if zipped:
+        with zipfile.ZipFile(file) as parts:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise ValueError("it is compressed, as torch does not save")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:  # of whatever else than tensors is in it; torch would advise to execute that
+        raise ValueError("it is broken, or holds other than tensors, which is not executed") from e
+
+
+def _read(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    read = read_safetensors if file.suffix == ".safetensors" else _read_pickled
+    try:
+        yield from read(file, wanted)
+    except (OSError, RuntimeError, SafetensorError, ValueError, zipfile.BadZipFile) as e:
+        raise ConfigError(f"model_path: cannot read {file}: {e}") from e
 
 
 def _read_pickled(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-    with file.open("rb") as opened:
-        zipped = opened.read(2) == b"PK"  # since torch 1.6; only such files can be mapped into memory
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as e:  # of whatever else than tensors is in it; torch would advise to execute that
-        raise ValueError("it is broken, or holds something else than tensors, which is not executed") from e
+    state, size_bytes = load_pickled(file), file.stat().st_size
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not a dict of tensors")
     for name in filter(lambda name: isinstance(name, str) and wanted(name), state):
-        if not isinstance(state[name], torch.Tensor):
-            raise ValueError(f"{name} is a {type(state[name]).__name__}, not a tensor")
-        yield name, state[name].detach().clone()
+        tensor = state[name]
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.numel() * tensor.element_size() > size_bytes:  # one value may stand for many
+            raise ValueError(f"{name} says it has the shape {tuple(tensor.shape)}, in a file of {size_bytes} bytes")
+        yield name, tensor.detach().clone()

@@ -17,6 +17,7 @@ from moe.dht import resolve_p2p
 from moe.server import ModuleBackend, Server
 from moe.server.layers import name_to_block, name_to_input, name_to_schema
 from moe.server.layers.common import DelayedNopExpert
+from tests.hosted import Hosted, hosted
 from tests.swarm.tools import LOOPBACK, prepare_processes
 
 HIDDEN = 16
@@ -133,3 +134,17 @@ def experts_file(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
+    """An encoder."""
+    with hosted("bert", tmp_path_factory.mktemp("bert")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
+    """A decoder."""
+    with hosted("llama", tmp_path_factory.mktemp("llama")) as made:
+        yield made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,6 @@ from tests.hosted import Hosted, hosted
 from tests.pretrained import padding_mask, token_ids
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
-    """An encoder."""
-    with hosted("bert", tmp_path_factory.mktemp("bert")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
-    """A decoder."""
-    with hosted("llama", tmp_path_factory.mktemp("llama")) as made:
-        yield made
 
 
 def test_packed_rows_with_and_without_a_cache(llama: Hosted) -> None:

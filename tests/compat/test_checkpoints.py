@@ -6,7 +6,8 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.testing import assert_close
 
 from moe import DistributedModel
 from moe.errors import ConfigError
-from moe.model_config import read_config
+from moe.model_config import _HONOURED, _NEUTRAL, _WITHOUT_EFFECT, read_config
 from moe.server.pretrained import PretrainedModel
 from tests.client.sequence_swarm import QUICK
 from tests.hosted import Hosted, hosted
@@ -28,20 +29,6 @@ from tests.pretrained import LAYERS, padding_mask, save_model, token_ids
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 Change = Callable[[dict[str, Any]], object]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
-    """A decoder."""
-    with hosted("llama", tmp_path_factory.mktemp("llama")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
-    """An encoder."""
-    with hosted("bert", tmp_path_factory.mktemp("bert")) as made:
-        yield made
 
 
 def edit(folder: Path, change: Change) -> Path:
@@ -191,7 +178,10 @@ def test_a_field_that_is_not_known_is_refused_by_name(
 ) -> None:
     source = llama.folder if kind == "llama" else bert.folder
     written = json.loads((source / "config.json").read_text())
-    if name in written or name in transformers.AutoConfig.for_model(kind).to_dict():
+    known = (
+        _HONOURED | _WITHOUT_EFFECT | _NEUTRAL.keys()
+    )  # those of other kinds, too, which transformers does not look at
+    if name in written or name in known or name in transformers.AutoConfig.for_model(kind).to_dict():
         return
     folder = tmp_path_factory.mktemp("field")
     (folder / "config.json").write_text(json.dumps({**written, name: value}))
@@ -342,6 +332,20 @@ def other_names(folder: Path) -> None:
     rewrite(folder, lambda tensors: {f"module.{k}": t for k, t in tensors.items()})
 
 
+def one_value_for_many(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.layers.0.self_attn.q_proj.weight": torch.ones(1).expand(2**40)}, folder / "pytorch_model.bin")
+
+
+def compressed(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.layers.0.x": torch.zeros(2**16)}, folder / "stored.bin")
+    deflated = zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(folder / "stored.bin") as stored, deflated:
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+
+
 def pickled_list(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save([torch.ones(2)], folder / "pytorch_model.bin")
@@ -362,6 +366,8 @@ def pickled_list(folder: Path) -> None:
         (other_sizes, "does not fit its configuration"),
         (other_names, r"are called module.model.layers.0.\*, expected model.layers.0"),
         (pickled_list, "holds a list, not a dict"),
+        (one_value_for_many, r"q_proj.weight says it has the shape \(1099511627776,\), in a file of"),
+        (compressed, "it is compressed"),
     ],
 )
 def test_files_that_are_refused(spoil: Callable[[Path], object], complaint: str, llama: Hosted, tmp_path: Path) -> None:

@@ -5,18 +5,16 @@ Must not know: what the fields and tensors mean.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from moe.errors import ConfigError
+from moe.weight_files import load_pickled, read_json, read_safetensors
 
 SETTINGS, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MAX_SETTINGS = 2**22  # bytes of adapter_config.json; ours
@@ -71,30 +69,24 @@ def _problem(tensor: Any, size: int | None) -> str | None:
 
 
 def _read_settings(file: Path) -> Any:
-    try:
-        if file.stat().st_size > MAX_SETTINGS:
-            raise ValueError(f"expected {MAX_SETTINGS} bytes at most, got {file.stat().st_size}")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as e:
-        raise ConfigError(f"cannot read an adapter from {file}: {e}") from e
+    with _errors_name(file):
+        return read_json(file, MAX_SETTINGS)
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file may change
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
-        raise ConfigError(f"cannot read an adapter from {file}: {e}") from e
+    with _errors_name(file):
+        return dict(read_safetensors(file, lambda _: True))
 
 
 def _read_pickled(file: Path) -> Any:
+    with _errors_name(file):
+        return load_pickled(file)
+
+
+@contextlib.contextmanager
+def _errors_name(file: Path) -> Iterator[None]:
+    """Whatever is wrong with a file is a ConfigError that names it."""
     try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as parts:
-                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                    raise ValueError("it is compressed, as torch does not save")
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # of whatever else than tensors is in it; torch would advise to execute that
-        why = f": {e}" if isinstance(e, (OSError, ValueError)) else ""
-        raise ConfigError(
-            f"cannot read an adapter from {file}{why}: it is broken, or holds other than tensors, which is not executed"
-        ) from e
+        yield
+    except Exception as e:
+        raise ConfigError(f"cannot read an adapter from {file}: {e}") from e
