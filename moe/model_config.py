@@ -7,7 +7,6 @@ servers, clients, weights.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from moe.architectures import ARCHITECTURES, Architecture, import_transformers
 from moe.config import MAX_BLOCKS
 from moe.errors import ConfigError
+from moe.weight_files import read_json
 
 MAX_CONFIG_BYTES = 2**26  # ours; id2label of a large classifier takes a few MiB
 MAX_SIZE = 2**24  # of hidden states, vocabularies and the like; ours
@@ -173,22 +173,23 @@ def rope_parameters_of(config: Any) -> list[Mapping[str, Any]]:
     return nested or [given]
 
 
+def kind_of(config: Any, index: int) -> str:
+    """What a configuration calls the attention of a block: ``full_attention``, ``sliding_attention``."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    return str(kinds[index]) if index < len(kinds) else "full_attention"
+
+
 def window_of(config: Any, index: int) -> int | None:
     """How many positions a block's attention reaches (see moe.server.masks); None: all."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None and getattr(config, "sliding_window", None) is None:
-        return None
-    if kinds is not None and (index >= len(kinds) or kinds[index] != "sliding_attention"):
-        return None
     window = getattr(config, "sliding_window", None)
-    return None if window is None else int(window)
+    return None if window is None or kind_of(config, index) != "sliding_attention" else int(window)
 
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"model_path: {where} is larger than {MAX_CONFIG_BYTES} bytes")
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_json(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise ConfigError(
             f"model_path: there is no model in {os.fspath(path.parent)!r}: it has no config.json"

@@ -32,9 +32,9 @@ from moe.client.sequence_manager import SequenceManager
 from moe.client.sequential import RemoteSequential
 from moe.config import ClientConfig
 from moe.errors import ConfigError, SchemaError
-from moe.model_config import architecture_of, attention_of, read_config
+from moe.model_config import architecture_of, attention_of, kind_of, read_config
 from moe.schema import Nested
-from moe.weight_files import dtype_of, read_tensors
+from moe.weight_files import dtype_of, first_not_finite, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class DistributedModel(nn.Module):
         self.local, self.blocks, self.architecture = local, blocks, architecture
         self._block_path = names[0]
         parent, _, attribute = names[0].rpartition(".")
-        kind = next(iter(getattr(local.config, "layer_types", None) or ()), "full_attention")
+        kind = kind_of(local.config, 0)
         setattr(local.get_submodule(parent), attribute, nn.ModuleList([_RemoteBlocks(blocks, architecture, kind)]))
         owner = _owner_of(local, names[0])
         owner.register_forward_pre_hook(_note_inputs, with_kwargs=True)
@@ -187,7 +187,8 @@ class DistributedModel(nn.Module):
         """
         dtype = settings.pop("torch_dtype", None) if dtype is None else dtype
         model_config = read_config(folder, **settings)
-        _check_settings(settings, read_config(folder))
+        if settings.keys() - LOCAL_SETTINGS:
+            _check_settings(settings, read_config(folder))
         architecture, num_blocks = architecture_of(model_config), model_config.num_hidden_layers
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(model_config, name, False):
@@ -242,7 +243,7 @@ class DistributedModel(nn.Module):
             hidden states of each block
         :raises MoEError: no answer within the retries and the time budget
         """
-        given = _by_name(self.local.forward, args, kwargs)
+        given = _by_name(self.local, args, kwargs)
         check_inputs(given)
         parts = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
         soft = [part for part in parts if isinstance(part, SoftPrompt)]
@@ -287,12 +288,16 @@ def check_inputs(given: Mapping[str, Any]) -> None:
 
     :param given: arguments by name
     """
-    unavailable = [name for name in NOT_KEPT if given.get(name) not in (None, False)]
-    if unavailable:
-        raise SchemaError(f"{', '.join(unavailable)}: not available, because the blocks are on other machines")
+    _check_available(given)
     unknown = [name for name, value in given.items() if name not in (*TAKEN, *NOT_KEPT) and value is not None]
     if unknown:
         raise SchemaError(f"{', '.join(unknown)}: expected one of {', '.join(sorted(TAKEN))}, or None")
+
+
+def _check_available(given: Mapping[str, Any]) -> None:
+    unavailable = [name for name in NOT_KEPT if given.get(name) not in (None, False)]
+    if unavailable:
+        raise SchemaError(f"{', '.join(unavailable)}: not available, because the blocks are on other machines")
 
 
 # --- before and in the blocks -----------------------------------------------------------------------------------------
@@ -314,12 +319,10 @@ def _note_inputs(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if call is None:  # the local model was called by itself: without adapters
         call = _Call()
         _call.set(call)
-    given = _by_name(owner.forward, args, kwargs)
-    for name in NOT_KEPT:
-        if given.get(name) not in (None, False):
-            raise SchemaError(f"{name}: not available, because the blocks are on other machines; pass {name}=False")
+    given = _by_name(owner, args, kwargs)
+    _check_available(given)
     call.given = {name: given.get(name) for name in ("attention_mask", "position_ids")}
-    takes = inspect.signature(owner.forward).parameters
+    takes = _signature_of(type(owner).forward).parameters
     cached = given.get("use_cache")  # None: as the configuration says
     cached = bool(getattr(owner.config, "use_cache", False) if cached is None else cached)
     call.cached = cached and not (owner.training and getattr(owner, "gradient_checkpointing", False))
@@ -396,9 +399,16 @@ def _add_tied(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
             state[prefix + name] = state[prefix + first]
 
 
-def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name."""
+@functools.cache
+def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """What a method of a class is called with, after the object itself."""
     signature = inspect.signature(forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model by name."""
+    signature = _signature_of(type(model).forward)
     rest = [name for name, parameter in signature.parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
     given = signature.bind_partial(*args, **kwargs).arguments
     return {**{name: value for of in rest for name, value in given.pop(of, {}).items()}, **given}
@@ -447,11 +457,8 @@ class _RemoteBlocks(nn.Module):
 
         :param made: the mask that transformers made for the first block
         """
-        length, mask, positions = (
-            hidden_states.shape[1],
-            call.given.get("attention_mask"),
-            call.given.get("position_ids"),
-        )
+        rows, length = hidden_states.shape[:2]
+        mask, positions = call.given.get("attention_mask"), call.given.get("position_ids")
         shared: dict[str, torch.Tensor] = {}
         if isinstance(mask, Mapping):
             raise SchemaError("attention_mask: expected one tensor for all blocks, got a dict")
@@ -465,11 +472,10 @@ class _RemoteBlocks(nn.Module):
                     f"attention_mask: expected (rows, {length}), or booleans or floats (rows, 1 or heads, {length}, {length}), "
                     f"got {made.dtype} {tuple(made.shape)}"
                 )
-            made = made.expand(len(hidden_states), -1, length if made.shape[2] == 1 else -1, -1)
+            made = made.expand(rows, -1, length if made.shape[2] == 1 else -1, -1)
             if call.prefix and made.shape[-1] == length:
                 made = nn.functional.pad(made, (call.prefix, 0), value=made.dtype == torch.bool)
             shared["attention_mask_4d" if made.dtype == torch.bool else "attention_bias"] = made
-        rows = len(hidden_states)
         reshapes = self.architecture.causal and self.architecture.rotary is None
         if reshapes and mask is not None and mask.ndim < 4 and mask.shape != (rows, mask.shape[-1]):
             raise SchemaError(  # GPT-2 would take its numbers for others'
@@ -576,9 +582,9 @@ def _load_local(folder: Path, config: Any, architecture: Architecture, model_cla
     """
     in_blocks = re.compile(rf"(?:.*\.)?{re.escape(architecture.blocks)}\.\d+\..*")
     state = read_tensors(folder, lambda name: in_blocks.fullmatch(name) is None, partial=True)
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise ConfigError(f"model_path: {bad[0]} of {folder} has values that are not finite")
+    bad = first_not_finite(state)
+    if bad is not None:
+        raise ConfigError(f"model_path: {bad} of {folder} has values that are not finite")
     config.num_hidden_layers = architecture.fewest_blocks
     if dtype is None:
         dtype = config.dtype or dtype_of(folder) or "auto"

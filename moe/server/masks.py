@@ -21,6 +21,7 @@ def seen_positions(
     window: int | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    always: bool = False,
 ) -> torch.Tensor | None:
     """True where a query (last axis but one) sees a key (last axis): bool (B or 1, 1, S or 1, P + S).
 
@@ -31,12 +32,13 @@ def seen_positions(
     :param attention_mask: (B, S), 0 where a position is padding
     :param position_ids: (B, S) of a causal model that tells sequences in one row apart: without a mask, a step other than to
         the next position begins another sequence, which does not see those before it
+    :param always: of a causal model: give a mask where the layer could do without, too
     :returns: None: everything is as the layer does it by itself
     """
     packed = causal and attention_mask is None and before == 0 and position_ids is not None
     narrow = window is not None and length > (window if causal else window + 1)
     seen: torch.Tensor | None = None
-    if narrow or packed or (causal and (before or attention_mask is not None)):
+    if narrow or packed or (causal and (always or before or attention_mask is not None)):
         query, key = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
         near = torch.ones(length, length, dtype=torch.bool, device=device)
         if causal:

@@ -27,7 +27,7 @@ from torch import nn
 
 from moe.architectures import BIAS, DORA, IA3, IA3_INPUT, LORA, Architecture, import_transformers, kwarg_of
 from moe.errors import ConfigError, SchemaError
-from moe.model_config import architecture_of, attention_of, read_config, rope_parameters_of, window_of
+from moe.model_config import architecture_of, attention_of, kind_of, read_config, rope_parameters_of, window_of
 from moe.schema import BatchTensorProto, ExpertSchema, Nested, TensorProto
 from moe.server.masks import as_bias, seen_positions
 from moe.server.self_check import compare_with_transformers
@@ -63,14 +63,15 @@ class PretrainedBlock(nn.Module):
         self.rotary: nn.Module | None = (
             None if architecture.rotary is None else architecture.find(architecture.rotary)(config)
         )
-        self.architecture, self.kind = architecture, _kind_of(config, index)
+        turns = () if self.rotary is None else inspect.signature(self.rotary.forward).parameters
+        self._rotary_by_kind = "layer_type" in turns
+        self.architecture, self.kind = architecture, kind_of(config, index)
         self.is_causal: bool | None = getattr(config, "is_causal", None)  # None: not told, as the architecture is
         causal = architecture.causal or bool(getattr(config, "is_decoder", False))
         self.causal: bool = causal and self.is_causal is not False
         self.window = window_of(config, index)
-        self.added_mask = (
-            architecture.alibi or config._attn_implementation == "eager"
-        )  # masks are numbers, not booleans
+        # Masks are numbers, not booleans, and there is no causal mask without one
+        self.added_mask: bool = architecture.alibi or config._attn_implementation == "eager"
         takes = inspect.signature(self.layer.forward).parameters
         pasts = [] if architecture.alibi else [name for name in ("past_key_values", "layer_past") if name in takes]
         self.past_name = pasts[0] if pasts else None  # what the layer calls a cache
@@ -195,10 +196,13 @@ class PretrainedBlock(nn.Module):
                     positions = torch.arange(before, before + length, device=hidden_states.device)[None]
                 position_embeddings = self._rotate(hidden_states, positions)
             layer_kwargs["position_embeddings"] = position_embeddings
+        if attention_mask_4d is not None and attention_bias is not None:
+            raise SchemaError(f"{MASK_4D}, {BIAS_4D}: expected one of them, got both")
         seen: torch.Tensor | None
-        if attention_mask_4d is not None or attention_bias is not None:
-            given = attention_mask_4d if attention_bias is None else attention_bias.to(hidden_states.dtype)
-            seen = self._check_4d(given, attention_mask_4d, attention_bias, length, before)
+        if attention_mask_4d is not None:
+            seen = self._check_4d(MASK_4D, attention_mask_4d, length, before)
+        elif attention_bias is not None:
+            seen = self._check_4d(BIAS_4D, attention_bias.to(hidden_states.dtype), length, before)
         else:
             seen = seen_positions(
                 length,
@@ -208,17 +212,14 @@ class PretrainedBlock(nn.Module):
                 window=self.window,
                 attention_mask=attention_mask,
                 position_ids=position_ids if self.architecture.packed else None,
+                always=self.added_mask,
             )
+        if self.added_mask and seen is not None and seen.dtype == torch.bool:
+            seen = as_bias(seen, hidden_states.dtype)
         if self.architecture.alibi:
+            assert seen is not None
             layer_kwargs |= self._alibi(hidden_states, attention_mask, seen)
         else:
-            if self.added_mask and seen is not None and seen.dtype == torch.bool:
-                seen = as_bias(seen, hidden_states.dtype)
-            if self.added_mask and seen is None and self.causal:  # eager attention has no causal mask of its own
-                seen = as_bias(
-                    torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()[None, None],
-                    hidden_states.dtype,
-                )
             layer_kwargs["attention_mask"] = seen
             if self.is_causal is not None:
                 layer_kwargs["is_causal"] = self.causal
@@ -233,7 +234,7 @@ class PretrainedBlock(nn.Module):
     def _rotate(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (B, S, size) of positions (B, S)."""
         assert self.rotary is not None
-        kind = () if "layer_type" not in inspect.signature(self.rotary.forward).parameters else (self.kind,)
+        kind = (self.kind,) if self._rotary_by_kind else ()
         cosines, sines = self.rotary(hidden_states, position_ids, *kind)
         return cosines, sines
 
@@ -249,18 +250,7 @@ class PretrainedBlock(nn.Module):
             if tensor is not None and tensor.shape[1] != length:
                 raise SchemaError(f"{name}: expected {length} positions, as hidden_states, got {tensor.shape[1]}")
 
-    def _check_4d(
-        self,
-        given: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        length: int,
-        before: int,
-    ) -> torch.Tensor:
-        name = MASK_4D if bias is None else BIAS_4D
-        assert given is not None
-        if mask is not None and bias is not None:
-            raise SchemaError(f"{MASK_4D}, {BIAS_4D}: expected one of them, got both")
+    def _check_4d(self, name: str, given: torch.Tensor, length: int, before: int) -> torch.Tensor:
         if given.shape[1] not in (1, self.heads) or given.shape[2:] != (length, before + length):
             raise SchemaError(
                 f"{name}: expected (rows, 1 or {self.heads}, {length}, {before + length}), got {tuple(given.shape)}"
@@ -268,16 +258,13 @@ class PretrainedBlock(nn.Module):
         return given
 
     def _alibi(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, seen: torch.Tensor | None
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, mask: torch.Tensor
     ) -> dict[str, Any]:
         """The bias for distances, and the mask with it, as the models of these families make them."""
         rows, length, dtype = *hidden_states.shape[:2], hidden_states.dtype
-        if seen is None:
-            seen = torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()[None, None]
-        mask = as_bias(seen, dtype) if seen.dtype == torch.bool else seen
         mask = mask.expand(rows, -1, -1, -1)
         if self.rotary is not None and not getattr(self.layer.config, "alibi", False):  # Falcon has either
-            return {"alibi": None, "attention_mask": mask if self.added_mask else seen.expand(rows, -1, -1, -1)}
+            return {"alibi": None, "attention_mask": mask}
         if attention_mask is None:
             attention_mask = torch.ones(rows, length, dtype=torch.int64, device=hidden_states.device)
         alibi = self.architecture.find("build_alibi_tensor")(attention_mask, self.heads, dtype=dtype)
@@ -292,11 +279,6 @@ def _index_of(architecture: Architecture, config: Any, index: int) -> tuple[int,
     """What the layer's class takes beside the configuration."""
     parameters = inspect.signature(architecture.find(architecture.layer)).parameters
     return (index,) if len(parameters) > 1 else ()
-
-
-def _kind_of(config: Any, index: int) -> str:
-    kinds = getattr(config, "layer_types", None)
-    return kinds[index] if kinds is not None and index < len(kinds) else "full_attention"
 
 
 def _max_length(config: Any, architecture: Architecture) -> int:

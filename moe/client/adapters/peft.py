@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -440,27 +440,40 @@ def _take_bias(file: _File, layer: _Layer, kwargs: dict[str, Any], part: str) ->
         kwargs[kwarg_of(BIAS, layer.name)] = tensor.float()
 
 
+def _adapted(
+    adapter: LoraAdapter | Ia3Adapter, kinds: Collection[str], what: str
+) -> Iterator[tuple[int, str, str, str, Any]]:
+    """(block, kwarg, its kind, name of the layer, value) of all that an adapter has.
+
+    :param kinds: that peft has in an adapter of this kind
+    :raises ConfigError: it has others
+    """
+    for index, kwargs in enumerate(adapter.blocks()):
+        for name, value in kwargs.items():
+            kind, linear = linear_of(name) or ("", "")
+            if kind not in kinds:
+                raise ConfigError(f"peft has no {what} with {name}: save it as an adapter of its own")
+            yield index, name, kind, linear, value
+
+
 def _lora_to_peft(adapter: LoraAdapter, block_path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     kinds: dict[str, set[str]] = {LORA: set(), DORA: set(), BIAS: set()}
-    for index, kwargs in enumerate(adapter.blocks()):
-        for name, value in kwargs.items():
-            kind, linear = linear_of(name) or ("", "")
-            if kind not in kinds:
-                raise ConfigError(f"peft has no LoRA with {name}: save it as an adapter of its own")
-            path = f"{block_path}.{index}.{linear}"
-            kinds[kind].add(path)
-            if kind == LORA:
-                state |= {f"{_ROOT}{path}.lora_{half.upper()}.weight": value[half].detach().T for half in ("a", "b")}
-                ranks[path] = len(value["b"])
-                alphas |= {path: adapter.alphas[index][name]} if name in adapter.alphas[index] else {}
-            elif kind == DORA:
-                state[f"{_ROOT}{path}.lora_magnitude_vector"] = value.detach()
-            else:
-                base = ".base_layer" if kwarg_of(LORA, linear) in kwargs else ""
-                state[f"{_ROOT}{path}{base}.bias"] = value.detach()
+    with_lora = [kwargs.keys() for kwargs in adapter.blocks()]
+    for index, name, kind, linear, value in _adapted(adapter, kinds, "LoRA"):
+        path = f"{block_path}.{index}.{linear}"
+        kinds[kind].add(path)
+        if kind == LORA:
+            state |= {f"{_ROOT}{path}.lora_{half.upper()}.weight": value[half].detach().T for half in ("a", "b")}
+            ranks[path] = len(value["b"])
+            alphas |= {path: adapter.alphas[index][name]} if name in adapter.alphas[index] else {}
+        elif kind == DORA:
+            state[f"{_ROOT}{path}.lora_magnitude_vector"] = value.detach()
+        else:
+            base = ".base_layer" if kwarg_of(LORA, linear) in with_lora[index] else ""
+            state[f"{_ROOT}{path}{base}.bias"] = value.detach()
     if not ranks or kinds[DORA] - kinds[LORA] or (kinds[DORA] and kinds[LORA] - kinds[DORA]):
         raise ConfigError("peft has a LoRA for one layer at least, and dora_* for all of these or for none")
     rank = max(ranks.values())
@@ -507,14 +520,10 @@ def _ia3_from_peft(file: _File, layers: list[_Layer]) -> Ia3Adapter:
 def _ia3_to_peft(adapter: Ia3Adapter, block_path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     state: dict[str, torch.Tensor] = {}
     targets: dict[str, set[str]] = {IA3: set(), IA3_INPUT: set()}
-    for index, kwargs in enumerate(adapter.blocks()):
-        for name, value in kwargs.items():
-            kind, linear = linear_of(name) or ("", "")
-            if kind not in targets:
-                raise ConfigError(f"peft has no IA3 with {name}: save it as an adapter of its own")
-            path = f"{block_path}.{index}.{linear}"
-            targets[kind].add(path)
-            state[f"{_ROOT}{path}.ia3_l"] = value.detach()[:, None] if kind == IA3 else value.detach()[None]
+    for index, _, kind, linear, value in _adapted(adapter, targets, "IA3"):
+        path = f"{block_path}.{index}.{linear}"
+        targets[kind].add(path)
+        state[f"{_ROOT}{path}.ia3_l"] = value.detach()[:, None] if kind == IA3 else value.detach()[None]
     both = targets[IA3] & targets[IA3_INPUT]
     if both or not state:
         raise ConfigError(
